@@ -1,0 +1,127 @@
+"""The architecture of a decoder-only language model, in our own words.
+
+Nothing here knows Hugging Face: `convert.hf_config` translates a `config.json` into a `ModelConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding (half-split pairs) and how it is stretched beyond the trained context.
+
+    Attributes:
+      kind: which rule stretches the frequencies; `default` stretches nothing.
+      theta: base of the frequencies.
+      factor: how many times longer the context becomes (all kinds but `default`).
+      original_max_len: context the model was trained on before stretching (dynamic, llama3, yarn).
+      low_freq_factor, high_freq_factor: band limits of `llama3`.
+      beta_fast, beta_slow, truncate: band limits of `yarn`, in rotations over the original context.
+      attention_factor: multiplier of cos and sin (`yarn`).
+    """
+
+    kind: RopeKind = "default"
+    theta: float = 10_000.0
+    factor: float = 1.0
+    original_max_len: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+    def __post_init__(self):
+        if self.kind not in get_args(RopeKind):
+            raise ValueError(f"rope kind must be one of {', '.join(get_args(RopeKind))}; got {self.kind!r}")
+        if self.theta <= 0 or self.factor <= 0:
+            raise ValueError(f"rope theta and factor must be positive; got {self.theta=}, {self.factor=}")
+        if self.kind in ("dynamic", "llama3", "yarn") and not self.original_max_len:
+            raise ValueError(f"rope kind {self.kind!r} needs original_max_len; got {self.original_max_len}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything that fixes a model's shapes and mathematics; hashable, so it is a static argument of `jit`.
+
+    Attributes:
+      model_type: which row of `jaxdecode.models.MODELS` builds it ("llama", "mistral", "qwen2", "qwen3", …).
+      max_position: longest context the positions were made for, in tokens.
+      layer_windows: sliding-window length per layer in tokens, None for full attention; empty means all full.
+      eos_token_ids: tokens that end a sequence; the default of the text layer.
+    """
+
+    model_type: str
+    vocab_size: int
+    embed_dim: int
+    mlp_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    norm_eps: float = 1e-5
+    activation: Activation = "silu"
+    tied_embeddings: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    rope: RopeConfig = RopeConfig()
+    layer_windows: tuple[int | None, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for name in ("vocab_size", "embed_dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+                     "max_position"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+                raise ValueError(f"{name} must be a positive integer; got {value!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads must be a multiple of num_kv_heads; got {self.num_heads} and "
+                             f"{self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions; got {self.head_dim}")
+        if self.norm_eps <= 0:
+            raise ValueError(f"norm_eps must be positive; got {self.norm_eps}")
+        if self.activation not in get_args(Activation):
+            raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}; got {self.activation!r}")
+        if self.layer_windows and len(self.layer_windows) != self.num_layers:
+            raise ValueError(f"layer_windows must name {self.num_layers} layers; got {len(self.layer_windows)}")
+        for window in self.layer_windows:
+            if window is not None and window <= 0:
+                raise ValueError(f"a sliding window must be a positive number of tokens; got {window}")
+
+    def window(self, layer: int) -> int | None:
+        """Sliding-window length of one layer in tokens, None for full attention."""
+        return self.layer_windows[layer] if self.layer_windows else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict; `ModelConfig.from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> ModelConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+          ValueError: a field is missing, unknown or out of range.
+        """
+        fields = dict(fields)
+        fields["rope"] = _build(RopeConfig, fields.get("rope") or {})
+        for name in ("layer_windows", "eos_token_ids"):
+            fields[name] = tuple(fields.get(name) or ())
+        return _build(cls, fields)
+
+
+def _build(cls, fields: dict[str, Any]):
+    try:
+        return cls(**fields)
+    except TypeError as error:  # a missing or unknown field
+        raise ValueError(f"{cls.__name__}: {str(error).replace(f'{cls.__name__}.__init__() ', '')}") from error
