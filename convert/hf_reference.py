@@ -1,0 +1,239 @@
+"""The source implementation's answers: transformers + torch run on the original checkpoint, in a process of their own.
+
+This file is a script as much as a module: it imports nothing of ours, so any Python ≥ 3.10 that has torch and transformers
+can run it, whatever the versions of JAX and numpy around it. `run_reference` starts such a process.
+
+    python hf_reference.py JOB.json        (or - for standard input)
+
+A job file holds {"jobs": [job, …]}; the keys of one job, with their defaults:
+
+    source           a Hugging Face model directory or a GGUF file
+    output           the .npz file to write
+    prompts          a list of lists of token ids; each runs alone, never padded
+    dtype            "float32": what the weights are loaded and computed in
+    weights_dtype    null; "bfloat16" or "float16" rounds the weights through that type first
+    attention        "eager" or "sdpa"
+    max_new_tokens   0: greedy tokens to generate after each prompt; eos does not stop it
+    step_logits      true: keep the logits of each greedy step
+    forward          null; "prompt" or "sequence": one teacher-forced pass over the prompt, or prompt + greedy tokens
+    positions        null for all; or a list per prompt: which positions' logits the teacher-forced pass keeps
+    stages           false: keep the embedding, the first layer's output, the last layer's, and the final norm's
+    top_k            10: how many best ids of each teacher-forced position to keep
+    weight_hashes    false: SHA-256 of every weight's little-endian float32 bytes
+
+Arrays in the output, i counting the prompts: tokens/i [n], step_logits/i [n, vocab_size], step_logprobs/i [n];
+positions/i [p], logits/i [p, vocab_size], top_ids/i [p, top_k], logprobs/i [length - 1];
+embed/i, layer_0/i, layers/i, norm/i [length, embed_dim]; and `meta`, a JSON string.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+PYTHON_VARIABLE = "JAXDECODE_HF_PYTHON"
+DEFAULTS: dict[str, Any] = {
+    "dtype": "float32", "weights_dtype": None, "attention": "eager", "max_new_tokens": 0, "step_logits": True,
+    "forward": None, "positions": None, "stages": False, "top_k": 10, "weight_hashes": False,
+}  # fmt: skip
+
+
+class ReferenceUnavailable(RuntimeError):
+    """There is no Python with torch to ask, or it failed; the message says what to do."""
+
+
+def find_python() -> str:
+    """The interpreter that runs transformers + torch: $JAXDECODE_HF_PYTHON, else this one if it has torch.
+
+    Raises:
+      ReferenceUnavailable: neither exists.
+    """
+    chosen = os.environ.get(PYTHON_VARIABLE)
+    if chosen:
+        if not os.access(chosen, os.X_OK):
+            raise ReferenceUnavailable(f"{PYTHON_VARIABLE} names {chosen!r}, which is not an executable file")
+        return chosen
+    if importlib.util.find_spec("torch") is None:
+        raise ReferenceUnavailable(
+            "comparing with the source implementation needs torch: pip install 'jaxdecode[verify]', or set "
+            f"{PYTHON_VARIABLE} to the Python of an environment that has torch and transformers"
+        )
+    return sys.executable
+
+
+def run_reference(jobs: list[dict[str, Any]], *, python: str | None = None) -> None:
+    """Run jobs (keys in the module's docstring) in one reference process; each writes its `output`.
+
+    Raises:
+      ReferenceUnavailable: no such Python, or the process failed (its last lines are in the message).
+    """
+    with tempfile.TemporaryDirectory(prefix="jaxdecode-reference-") as folder:
+        job_file = Path(folder) / "job.json"
+        job_file.write_text(json.dumps({"jobs": jobs}))
+        # Another Python must not see our packages, and nothing here may reach for a network.
+        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+        environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        command = [python or find_python(), str(Path(__file__).resolve()), str(job_file)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        tail = "\n".join(done.stderr.strip().splitlines()[-6:])
+        raise ReferenceUnavailable(f"the reference process {command[0]} ended with code {done.returncode}:\n{tail}")
+
+
+def load_model(source: str | Path, dtype: str = "float32", attention: str = "eager", weights_dtype: str | None = None):
+    """A transformers model in evaluation mode, its weights dense in `dtype`: GGUF blocks are unpacked.
+
+    Raises:
+      ValueError: a weight is missing from the source, or came out in another type.
+    """
+    import torch
+    import transformers
+
+    source, kwargs = Path(source), {"dtype": getattr(torch, dtype), "attn_implementation": attention}
+    if source.suffix == ".gguf":
+        kwargs["gguf_file"] = source.name
+        if hasattr(transformers, "GgufConfig"):  # since 5.x the blocks stay packed unless told otherwise
+            kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    folder = str(source.parent if source.suffix == ".gguf" else source)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
+    problems = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys") if info.get(name)}
+    if problems:
+        raise ValueError(f"transformers did not find its own weights in {source}: {problems}")
+    for name, weight in model.state_dict().items():
+        if weight.dtype != getattr(torch, dtype):
+            raise ValueError(f"{name} of {source} was loaded as {weight.dtype}, not {dtype}")
+    if weights_dtype:
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.copy_(weight.to(getattr(torch, weights_dtype)))
+    return model.eval()
+
+
+def greedy(model, prompt: list[int], max_new_tokens: int):
+    """Greedy continuation of one prompt.
+
+    Returns:
+      (tokens [n] int64, logits [n, vocab_size] float32), torch tensors.
+    """
+    import torch
+
+    ids, cache, tokens, logits = torch.tensor([prompt]), None, [], []
+    for _ in range(max_new_tokens):
+        out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+        logits.append(out.logits[0, -1].float())
+        tokens.append(logits[-1].argmax())
+        ids = tokens[-1].reshape(1, 1)
+    return torch.stack(tokens), torch.stack(logits)
+
+
+def run(job: dict[str, Any]) -> None:
+    """Run one job in this process (needs torch) and write its output file.
+
+    Raises:
+      ValueError: an unknown key, or a source that does not load completely.
+    """
+    import torch
+    import transformers
+
+    unknown = sorted(set(job) - set(DEFAULTS) - {"source", "output", "prompts"})
+    if unknown:
+        raise ValueError(f"a job has no keys {unknown}; it has source, output, prompts, {', '.join(DEFAULTS)}")
+    job = DEFAULTS | job
+    model = load_model(job["source"], job["dtype"], job["attention"], job["weights_dtype"])
+    meta = {
+        "torch": torch.__version__, "transformers": transformers.__version__, "model": type(model).__name__,
+        "attention": model.config._attn_implementation, "parameters": sum(p.numel() for p in model.parameters()),
+        "job": {key: job[key] for key in DEFAULTS if key != "positions"},
+    }  # fmt: skip
+    if job["weight_hashes"]:
+        meta["weight_sha256"] = {name: _sha256(weight) for name, weight in model.state_dict().items()}
+    rotary = copy.deepcopy(model.model.rotary_emb)
+    with torch.inference_mode(), zipfile.ZipFile(job["output"], "w") as archive:
+        for index, prompt in enumerate(job["prompts"]):
+            for name, array in _answer(model, rotary, job, index, prompt):
+                _write(archive, f"{name}/{index}", array)
+        _write(archive, "meta", json.dumps(meta))
+
+
+def _answer(model, rotary, job, index, prompt):
+    """Yields (name, array) of everything the job asks of one prompt."""
+    import torch
+
+    sequence = torch.tensor(prompt)
+    if job["max_new_tokens"]:
+        # Dynamic positions remember the longest sequence seen; every pass starts from a fresh model's state.
+        model.model.rotary_emb = copy.deepcopy(rotary)
+        tokens, logits = greedy(model, prompt, job["max_new_tokens"])
+        yield "tokens", tokens
+        yield "step_logprobs", logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        if job["step_logits"]:
+            yield "step_logits", logits
+        if job["forward"] == "sequence":
+            sequence = torch.cat([sequence, tokens])
+    if not job["forward"]:
+        return
+    model.model.rotary_emb = copy.deepcopy(rotary)
+    with _stages(model) as stages:
+        logits = model(sequence[None], use_cache=False).logits[0].float()
+    positions = range(len(sequence)) if job["positions"] is None else job["positions"][index]
+    kept = logits[torch.tensor(list(positions))]
+    yield "positions", torch.tensor(list(positions))
+    yield "logits", kept
+    yield "top_ids", kept.topk(job["top_k"], dim=-1).indices
+    yield "logprobs", logits[:-1].log_softmax(-1).gather(1, sequence[1:, None])[:, 0]
+    if job["stages"]:
+        yield from stages.items()
+
+
+@contextlib.contextmanager
+def _stages(model):
+    """Collects the outputs of the embedding, the first and last layer and the final norm while it is open."""
+    body, stages, handles = model.model, {}, []
+    watched = {"embed": body.embed_tokens, "layer_0": body.layers[0], "layers": body.layers[-1], "norm": body.norm}
+    for name, module in watched.items():
+        def keep(_module, _inputs, output, name=name):
+            stages[name] = (output[0] if isinstance(output, tuple) else output)[0].float()
+        handles.append(module.register_forward_hook(keep))
+    try:
+        yield stages
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _write(archive: zipfile.ZipFile, name: str, array) -> None:
+    # One array at a time: the logits of every position of every prompt need not fit in memory.
+    import numpy as np
+
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array(file, np.asarray(array, order="C"))
+
+
+def _sha256(weight) -> str:
+    import torch
+
+    return hashlib.sha256(weight.to(torch.float32).contiguous().numpy().astype("<f4").tobytes()).hexdigest()
+
+
+def main(arguments: list[str]) -> None:
+    """Run every job of the file named (or of standard input, for `-`)."""
+    text = sys.stdin.read() if arguments == ["-"] else Path(arguments[0]).read_text()
+    for job in json.loads(text)["jobs"]:
+        run(job)
+
+
+if __name__ == "__main__":
+    # Started as a script, our folder comes first on the path and its file names would shadow real packages.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+    main(sys.argv[1:])

@@ -1,0 +1,174 @@
+"""Random tiny models as Hugging Face would store them: a `config.json` and weights made from their names alone.
+
+numpy only, so that the environment that makes the golden files and the one that tests against them build the same
+weights: `RandomState` streams never change between numpy versions. The words here are Hugging Face's on purpose.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+PROMPT_LENGTHS = (1, 6, 19)
+NEW_TOKENS = 12
+TOLERANCE = 1e-4  # largest difference of a float32 logit or activation (they are of order 1) from transformers'
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+def _case(model_type: str, **changes) -> dict:
+    config = {
+        "model_type": model_type,
+        "architectures": [_ARCHITECTURES[model_type]],
+        "vocab_size": 72,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+        "torch_dtype": "float32",
+    }
+    return config | changes
+
+
+def _llama_rope(max_position: int = 64, **scaling) -> dict:
+    # A small base and eight pairs: 19 positions tell the variants apart.
+    rope = {"rope_theta": 100.0, "rope_scaling": scaling or None}
+    return _case("llama", max_position_embeddings=max_position, head_dim=16, **rope)
+
+
+_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+_WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "num_hidden_layers": 3}
+
+CASES: dict[str, dict] = {
+    "llama": _case("llama"),
+    "llama_tied": _case("llama", tie_word_embeddings=True),
+    "llama_mha": _case("llama", num_key_value_heads=4),
+    "llama_mqa": _case("llama", num_key_value_heads=1),
+    "llama_head_dim": _case("llama", head_dim=12),
+    "llama_bias": _case("llama", attention_bias=True, mlp_bias=True),
+    "llama_attention_bias": _case("llama", attention_bias=True),
+    "llama_mlp_bias": _case("llama", mlp_bias=True),
+    "llama_gelu": _case("llama", hidden_act="gelu"),
+    "llama_gelu_tanh": _case("llama", hidden_act="gelu_pytorch_tanh"),
+    "llama_relu": _case("llama", hidden_act="relu"),
+    "llama_eps": _case("llama", rms_norm_eps=0.3),
+    "mistral": _case("mistral", sliding_window=None),
+    "mistral_window": _case("mistral", sliding_window=5, num_hidden_layers=3),
+    "mistral_head_dim": _case("mistral", sliding_window=16, head_dim=16, num_key_value_heads=1),
+    "qwen2": _case("qwen2"),
+    "qwen2_tied": _case("qwen2", tie_word_embeddings=True, num_key_value_heads=1),
+    "qwen2_windows": _case("qwen2", max_window_layers=1, **_WINDOWS),
+    "qwen2_windows_unused": _case("qwen2", sliding_window=5, use_sliding_window=False, max_window_layers=1),
+    "qwen2_layer_types": _case(
+        "qwen2", layer_types=["sliding_attention", "full_attention", "sliding_attention"], **_WINDOWS
+    ),
+    "qwen3": _case("qwen3", head_dim=8),
+    "qwen3_head_dim": _case("qwen3", head_dim=16, tie_word_embeddings=True),
+    "qwen3_bias": _case("qwen3", head_dim=8, attention_bias=True),
+    "qwen3_windows": _case("qwen3", head_dim=8, max_window_layers=2, **_WINDOWS),
+    "rope_theta": _llama_rope(),
+    "rope_parameters": _case(
+        "llama", rope_theta=None, head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 100.0}
+    ),
+    "rope_linear": _llama_rope(type="linear", factor=3.0),
+    "rope_dynamic_below": _llama_rope(rope_type="dynamic", factor=3.0),
+    "rope_dynamic_above": _llama_rope(max_position=12, rope_type="dynamic", factor=3.0),
+    "rope_llama3": _llama_rope(rope_type="llama3", **_LLAMA3),
+    "rope_yarn": _llama_rope(**_YARN, beta_fast=4.0, beta_slow=1.0),
+    "rope_yarn_defaults": _llama_rope(**_YARN),
+    "rope_yarn_attention_factor": _llama_rope(**_YARN, attention_factor=1.7),
+    "rope_yarn_no_truncate": _llama_rope(**_YARN, beta_fast=4.0, beta_slow=1.0, truncate=False),
+    "rope_yarn_mscale": _llama_rope(**_YARN, mscale=1.5, mscale_all_dim=0.4),
+    "rope_yarn_qwen3": _case(
+        "qwen3", head_dim=16, rope_parameters={**_YARN, "rope_theta": 100.0, "beta_fast": 8.0}, rope_theta=None
+    ),
+}
+for _config in CASES.values():
+    if _config["rope_theta"] is None:
+        del _config["rope_theta"]
+
+
+def weight_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """Every weight of a case by its Hugging Face name, [out, in]."""
+    hidden, mlp, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    kind, kv_heads = config["model_type"], config["num_key_value_heads"]
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    qkv_bias = kind == "qwen2" or config.get("attention_bias", False)
+    out_bias = kind != "qwen2" and config.get("attention_bias", False)
+    mlp_bias = config.get("mlp_bias", False)
+    linears = {
+        "self_attn.q_proj": (heads * head_dim, hidden, qkv_bias),
+        "self_attn.k_proj": (kv_heads * head_dim, hidden, qkv_bias),
+        "self_attn.v_proj": (kv_heads * head_dim, hidden, qkv_bias),
+        "self_attn.o_proj": (hidden, heads * head_dim, out_bias),
+        "mlp.gate_proj": (mlp, hidden, mlp_bias),
+        "mlp.up_proj": (mlp, hidden, mlp_bias),
+        "mlp.down_proj": (hidden, mlp, mlp_bias),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        for name, (out, inner, bias) in linears.items():
+            shapes[f"{prefix}{name}.weight"] = (out, inner)
+            if bias:
+                shapes[f"{prefix}{name}.bias"] = (out,)
+        norms = ["input_layernorm", "post_attention_layernorm"]
+        shapes |= {f"{prefix}{norm}.weight": (hidden,) for norm in norms}
+        if kind == "qwen3":
+            shapes |= {f"{prefix}self_attn.{norm}.weight": (head_dim,) for norm in ("q_norm", "k_norm")}
+    return shapes
+
+
+def hf_weights(config: dict) -> dict[str, np.ndarray]:
+    """Every weight of a case, float32, a function of its name and shape only."""
+    return {name: _weight(name, shape) for name, shape in weight_shapes(config).items()}
+
+
+def _weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    normal = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    if name.endswith(".bias"):
+        values = 0.5 * normal
+    elif len(shape) == 1:
+        values = 1 + 0.3 * normal
+    elif "embed_tokens" in name:
+        values = normal
+    else:
+        # Queries and keys are made large, so that attention is sharp and a wrong position shows.
+        gain = 2.0 if ".q_proj" in name or ".k_proj" in name else 1.0
+        values = gain * normal / np.sqrt(shape[1])
+    return values.astype(np.float32)
+
+
+def prompts(config: dict) -> list[list[int]]:
+    """Token ids, a few lengths; the same for every case of one vocab_size."""
+    random = np.random.RandomState(0)
+    return [random.randint(3, config["vocab_size"], size=length).tolist() for length in PROMPT_LENGTHS]
+
+
+def write_hf_directory(folder: Path, config: dict) -> Path:
+    """Writes config.json and model.safetensors of a case, as `save_pretrained` would."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    save_file(hf_weights(config), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
