@@ -1,0 +1,105 @@
+"""A decoder-only language model: embedding, layers, final norm, output head."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jaxdecode.config import ModelConfig
+from jaxdecode.layers import DecoderLayer, Linear, RMSNorm, Rope
+from jaxdecode.rope import rope_table
+from pallas_kernels.flat_gemm import linear
+from pallas_kernels.prefill_attention import prefill_attention
+
+Params = dict[str, Any]
+
+
+class Embedding(nnx.Module):
+    """Rows of a table."""
+
+    def __init__(self, vocab_size: int, embed_dim: int, *, dtype, rngs: nnx.Rngs):
+        self.weight = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (vocab_size, embed_dim), dtype))
+
+    def __call__(self, tokens: Array) -> Array:
+        return jnp.take(self.weight.get_value(), tokens, axis=0, mode="clip")
+
+
+class Decoder(nnx.Module):
+    """The skeleton every family fills in; called as a module it runs whole sequences without a cache.
+
+    The decode loop uses the same parts, bound to a plain dict of parameters: see `jaxdecode.generation`.
+    """
+
+    layer_type: ClassVar[type[nnx.Module]] = DecoderLayer
+
+    def __init__(self, config: ModelConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.embed_dim, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List(
+            [self.layer_type(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]
+        )
+        self.norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=dtype)
+        if not config.tied_embeddings:
+            self.head = Linear(config.embed_dim, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)
+
+    def rope(self, positions: Array, context: Array) -> Rope:
+        """cos and sin for tokens at `positions` in sequences that hold `context` tokens."""
+        return rope_table(self.config.rope, self.config.head_dim, positions, context)
+
+    def logits(self, x: Array) -> Array:
+        """float32 scores [..., vocab_size] of the next token from the last layer's output [..., embed_dim]."""
+        table = self.embed if self.config.tied_embeddings else self.head
+        return linear(self.norm(x), table.weight.get_value(), out_dtype=jnp.float32)
+
+    def __call__(self, tokens: Array) -> Array:
+        """Logits [batch, n, vocab_size] of whole sequences [batch, n]."""
+        batch, n = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (batch, n))
+        rope = self.rope(positions, jnp.full((batch, 1), n, jnp.int32))
+        x = self.embed(tokens)
+        for index, layer in enumerate(self.layers):
+            attend = functools.partial(_attend_causally, positions, self.config.window(index))
+            x = layer(x, rope, attend)
+        return self.logits(x)
+
+
+def _attend_causally(positions: Array, window: int | None, query: Array, key: Array, value: Array) -> Array:
+    keys, values = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+    scale = query.shape[-1] ** -0.5
+    return prefill_attention(query, keys, values, positions, scale=scale, window=window)
+
+
+def bind(module: nnx.Module, params: Any) -> Any:
+    """Puts arrays (or whatever stands for a weight) into the parameters of a module made by `nnx.eval_shape`.
+
+    Args:
+      params: nested dicts and lists named like the module's attributes; parts left out stay abstract.
+
+    Raises:
+      AttributeError: `params` names a part that the module lacks.
+    """
+    children = enumerate(params) if isinstance(params, list) else params.items()
+    for name, value in children:
+        child = module[name] if isinstance(params, list) else getattr(module, name)  # pyright: ignore
+        if isinstance(child, nnx.Variable):
+            child.set_value(value)
+        else:
+            bind(child, value)
+    return module
+
+
+def params_of(model: nnx.Module) -> Params:
+    """The parameters of a model as plain nested dicts, its layers as a list."""
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    layers = params["layers"]
+    return {**params, "layers": [layers[index] for index in range(len(layers))]}
+
+
+def cast(params: Params, dtype) -> Params:
+    """The same parameters in another floating-point type."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)

@@ -1,0 +1,86 @@
+"""Rotary position embedding: frequencies of every scaling rule, tables of cos and sin, and the rotation."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxdecode.config import RopeConfig
+
+
+def rope_table(rope: RopeConfig, head_dim: int, positions: Array, context: Array) -> tuple[Array, Array]:
+    """cos and sin of every position's angles.
+
+    Args:
+      positions: [...] int32, place of each token in its sequence.
+      context: int32, broadcastable to `positions`: tokens in the sequence so far; only `dynamic` reads it.
+
+    Returns:
+      Two float32 arrays [..., head_dim // 2], multiplied by the attention factor.
+    """
+    frequencies = _FREQUENCIES[rope.kind](rope, head_dim, context)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
+
+
+def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotates the pairs (i, i + head_dim // 2) of x [..., heads, head_dim] by the angles of [..., head_dim // 2]."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _plain(theta: float, head_dim: int) -> np.ndarray:
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return (np.float32(1.0) / np.float32(theta) ** exponents).astype(np.float32)
+
+
+def _default(rope: RopeConfig, head_dim: int, context: Array) -> np.ndarray:
+    return _plain(rope.theta, head_dim)
+
+
+def _linear(rope: RopeConfig, head_dim: int, context: Array) -> np.ndarray:
+    return _plain(rope.theta, head_dim) / np.float32(rope.factor)
+
+
+def _dynamic(rope: RopeConfig, head_dim: int, context: Array) -> Array:
+    """Raises theta with the context once it exceeds the trained one (NTK-aware scaling): [..., head_dim // 2]."""
+    assert rope.original_max_len is not None  # RopeConfig requires it
+    context = jnp.maximum(context, rope.original_max_len).astype(jnp.float32)[..., None]
+    growth = rope.factor * context / rope.original_max_len - (rope.factor - 1)
+    theta = rope.theta * growth ** (head_dim / (head_dim - 2))
+    return 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+
+
+def _llama3(rope: RopeConfig, head_dim: int, context: Array) -> np.ndarray:
+    """Keeps short wavelengths, divides long ones by the factor, blends between the two bands."""
+    assert rope.original_max_len is not None
+    plain = _plain(rope.theta, head_dim)
+    rotations = rope.original_max_len * plain / (2 * math.pi)  # over the original context
+    share = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    share = np.clip(share, 0, 1).astype(np.float32)
+    return (1 - share) * plain / np.float32(rope.factor) + share * plain
+
+
+def _yarn(rope: RopeConfig, head_dim: int, context: Array) -> np.ndarray:
+    """Keeps dimensions that turn often, divides those that turn rarely, ramps linearly between (arXiv 2309.00071)."""
+    assert rope.original_max_len is not None
+
+    def dimension(rotations: float) -> float:
+        """Which pair turns this many times over the original context."""
+        return head_dim * math.log(rope.original_max_len / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (np.arange(head_dim // 2, dtype=np.float32) - low) / max(high - low, 0.001)
+    stretched = np.clip(ramp, 0, 1).astype(np.float32)
+    plain = _plain(rope.theta, head_dim)
+    return plain / np.float32(rope.factor) * stretched + plain * (1 - stretched)
+
+
+_FREQUENCIES = {"default": _default, "linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn}

@@ -1,0 +1,63 @@
+"""`linear` and `gated_linear`: the weight products of a decoder layer."""
+
+from __future__ import annotations
+
+from jax import Array
+from jax.typing import DTypeLike
+
+from pallas_kernels.dataflow import find_implementation
+from pallas_kernels.flat_gemm import reference, xla
+
+
+def linear(
+    x: Array,  # [..., k]
+    weight: Array,  # [n, k]
+    bias: Array | None = None,  # [n]
+    *,
+    residual: Array | None = None,  # [..., n]
+    out_dtype: DTypeLike | None = None,
+    implementation: str | None = None,
+) -> Array:  # [..., n]
+    """Product with a weight matrix as checkpoints store it, accumulated in float32.
+
+        y = x @ weight.T + bias + residual
+
+    Args:
+      out_dtype: type of the result; None means that of `x`.
+      implementation: "reference", "xla", or None for `choose_implementation`.
+
+    Raises:
+      ValueError: `x` and `weight` disagree on k.
+      NotImplementedError: unknown implementation.
+    """
+    if x.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"x[..., k] and weight[n, k] must agree on k; got {x.shape} and {weight.shape}")
+    run = find_implementation("linear", implementation, {"reference": reference.linear, "xla": xla.linear})
+    return run(x, weight, bias, residual=residual, out_dtype=out_dtype or x.dtype)
+
+
+def gated_linear(
+    x: Array,  # [..., k]
+    weight: Array,  # [2 * n, k]: gate rows, then up rows
+    bias: Array | None = None,  # [2 * n]
+    *,
+    activation: str = "silu",
+    implementation: str | None = None,
+) -> Array:  # [..., n]
+    """The gated half of a SwiGLU-like MLP from one fused weight.
+
+        gate, up = split(x @ weight.T + bias, 2, axis=-1)
+        y = activation(gate) * up
+
+    Args:
+      activation: "silu", "gelu", "gelu_tanh" or "relu".
+      implementation: "reference", "xla", or None for `choose_implementation`.
+
+    Raises:
+      ValueError: `x` and `weight` disagree on k, or the weight has an odd number of rows.
+      NotImplementedError: unknown implementation.
+    """
+    if x.shape[-1] != weight.shape[-1] or weight.shape[0] % 2:
+        raise ValueError(f"x[..., k] needs a weight[2 * n, k]; got {x.shape} and {weight.shape}")
+    table = {"reference": reference.gated_linear, "xla": xla.gated_linear}
+    return find_implementation("linear", implementation, table)(x, weight, bias, activation=activation)
