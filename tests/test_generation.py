@@ -1,0 +1,233 @@
+"""The laws of generation, on small random models."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.tiny import prompts, tiny_config, tiny_model
+
+from jaxdecode import generation, sampling
+from jaxdecode.engine import step
+from jaxdecode.generation import Generation, jit_generate, read_prompt, score, stream
+from jaxdecode.models import build, init_params
+
+KEY = jax.random.key(7)
+DRAW = sampling.sampler(temperature=0.9, top_k=20, top_p=0.95)
+LENGTHS = [1, 40, 33, 17]
+
+
+def same(left: Generation, right: Generation, atol=1e-5):
+    for name in ("tokens", "lengths", "finished"):
+        np.testing.assert_array_equal(getattr(left, name), getattr(right, name), err_msg=name)
+    np.testing.assert_allclose(left.logprobs, right.logprobs, atol=atol)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@functools.cache
+def full_logits(config):
+    return jax.jit(lambda params, tokens: build(config, params)(tokens))
+
+
+def test_greedy_tokens_and_logprobs_are_those_of_the_whole_sequence(model):
+    params, config = model
+    tokens, lengths = prompts(LENGTHS)
+    out = jit_generate(params, config, tokens, lengths, KEY, max_new_tokens=12)
+    assert not out.finished.any() and (out.lengths == 12).all()
+    for row, n in enumerate(LENGTHS):
+        sequence = np.concatenate([tokens[row, :n], out.tokens[row]])
+        logits = full_logits(config)(params, sequence[None])[0]
+        np.testing.assert_array_equal(logits.argmax(-1)[n - 1 : -1], out.tokens[row])
+        logprobs = jax.nn.log_softmax(logits)[np.arange(n - 1, n + 11), sequence[n:]]
+        np.testing.assert_allclose(out.logprobs[row], logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", [sampling.Greedy(), DRAW], ids=["greedy", "drawn"])
+def test_stream_gives_what_generate_gives(model, sampler):
+    params, config = model
+    tokens, lengths = prompts(LENGTHS)
+    options = dict(sampler=sampler, max_new_tokens=9, eos_token_ids=list(range(8)))
+    out = jit_generate(params, config, tokens, lengths, KEY, **options)
+    columns = list(stream(params, config, tokens, lengths, KEY, **options))
+    assert len(columns) == int(out.lengths.max())
+    streamed, logprobs, ended = (np.stack(part, axis=1) for part in zip(*columns, strict=True))
+    np.testing.assert_array_equal(streamed, out.tokens[:, : len(columns)])
+    np.testing.assert_allclose(logprobs, out.logprobs[:, : len(columns)], atol=1e-6)
+    assert ended[:, -1].all() and not ended[:, 0].all()
+
+
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 290])
+@pytest.mark.parametrize("changes", [{}, {"layer_windows": (None, 8, 20)}, {"qk_norm": True, "qkv_bias": True}],
+                         ids=["full", "windows", "norms"])
+def test_prefill_then_step_is_prefill_of_one_more(n, changes):
+    params, config = tiny_model(max_position=512, **changes)
+    tokens, _ = prompts([n + 1, n + 1])
+    run = jax.jit(lambda lengths: (lambda x, cache: (generation.logits(params, config, x), cache))(
+        *read_prompt(params, config, tokens, lengths, n + 8)))
+    _, cache = run(jnp.full(2, n, jnp.int32))
+    stepped, _ = jax.jit(lambda cache: step(params, config, cache, tokens[:, n]))(cache)
+    whole, _ = run(jnp.full(2, n + 1, jnp.int32))
+    np.testing.assert_allclose(stepped, whole, atol=2e-5)
+    np.testing.assert_allclose(whole, full_logits(config)(params, tokens)[:, n], atol=2e-5)
+
+
+def test_padding_room_and_neighbours_never_change_a_row(model):
+    params, config = model
+    tokens, lengths = prompts(LENGTHS)
+    keys = jax.random.split(KEY, 4)
+    options = dict(sampler=DRAW, max_new_tokens=10)
+    out = jit_generate(params, config, tokens, lengths, keys, **options)
+    wider, _ = prompts(LENGTHS, prompt_len=70, seed=5)
+    wider = jnp.where(jnp.arange(70) < lengths[:, None], jnp.pad(tokens, ((0, 0), (0, 30))), wider)
+    same(out, jit_generate(params, config, wider, lengths, keys, max_len=900, **options))
+    for row in range(4):
+        alone = jit_generate(params, config, tokens[row : row + 1], lengths[row : row + 1], keys[row : row + 1], **options)
+        same(jax.tree.map(lambda x, row=row: x[row : row + 1], out), alone)
+
+
+def test_a_finished_row_stays_finished(model):
+    params, config = model
+    tokens, lengths = prompts(LENGTHS)
+    free = jit_generate(params, config, tokens, lengths, KEY, max_new_tokens=12, pad_token_id=5)
+    end = int(free.tokens[2, 4])
+    out = jit_generate(params, config, tokens, lengths, KEY, max_new_tokens=12, pad_token_id=5, eos_token_ids=[end, 999])
+    for row in range(4):
+        hits = np.flatnonzero(free.tokens[row] == end)
+        n = hits[0] + 1 if len(hits) else 12
+        assert out.lengths[row] == n and out.finished[row] == bool(len(hits))
+        np.testing.assert_array_equal(out.tokens[row, :n], free.tokens[row, :n])
+        assert (out.tokens[row, n:] == 5).all() and (out.logprobs[row, n:] == 0).all()
+    assert out.finished[2]
+
+
+def test_stop_sequences_end_rows_where_they_were_generated(model):
+    params, config = model
+    tokens, lengths = prompts(LENGTHS)
+    free = jit_generate(params, config, tokens, lengths, KEY, max_new_tokens=12)
+    stops = [free.tokens[1, 3:6].tolist(), [int(free.tokens[3, 7])], tokens[0, :1].tolist() * 2]
+    out = jit_generate(params, config, tokens, lengths, KEY, max_new_tokens=12, stop_sequences=stops)
+    for row in range(4):
+        generated = free.tokens[row].tolist()
+        ends = [i + 1 for i in range(12) if any(generated[: i + 1][-len(s) :] == s for s in stops)]
+        assert out.lengths[row] == min([*ends, 12]) and bool(out.finished[row]) == bool(ends)
+    assert out.finished[1] and out.lengths[1] <= 6 and out.finished[3]
+
+
+def test_token_limits_stop_rows_without_finishing_them(model):
+    params, config = model
+    tokens, lengths = prompts(LENGTHS)
+    out = jit_generate(params, config, tokens, lengths, KEY, max_new_tokens=6, token_limits=jnp.asarray([1, 6, 3, 99]))
+    np.testing.assert_array_equal(out.lengths, [1, 6, 3, 6])
+    assert not out.finished.any()
+
+
+def test_a_row_depends_on_its_own_key_only(model):
+    params, config = model
+    tokens, lengths = prompts([9, 9, 9])
+    tokens = jnp.broadcast_to(tokens[:1], tokens.shape)
+    keys = jax.random.split(KEY, 3)[jnp.asarray([0, 1, 0])]
+    out = jit_generate(params, config, tokens, lengths, keys, sampler=DRAW, max_new_tokens=16)
+    np.testing.assert_array_equal(out.tokens[0], out.tokens[2])
+    assert (out.tokens[0] != out.tokens[1]).any()
+    from_one = jit_generate(params, config, tokens, lengths, KEY, sampler=DRAW, max_new_tokens=16)
+    assert (from_one.tokens[0] != from_one.tokens[2]).any()
+    legacy = jit_generate(params, config, tokens, lengths, jax.random.key_data(keys), sampler=DRAW, max_new_tokens=16)
+    same(out, legacy)
+
+
+def test_score_is_the_log_softmax_of_the_model(model):
+    params, config = model
+    tokens, lengths = prompts([1, 2, 41, 300])
+    scored = jax.jit(score, static_argnums=1)(params, config, tokens, lengths)
+    assert scored.shape == (4, 299)
+    for row, n in enumerate(lengths.tolist()):
+        logprobs = jax.nn.log_softmax(full_logits(config)(params, tokens[row : row + 1])[0])
+        expected = logprobs[np.arange(n - 1), tokens[row, 1:n]]
+        np.testing.assert_allclose(scored[row, : n - 1], expected, atol=2e-5)
+        assert (scored[row, n - 1 :] == 0).all()
+
+
+def test_a_users_own_sampler_is_two_functions(model):
+    @jax.tree_util.register_static
+    class Alternate:
+        """Takes the best and the second best token in turn."""
+
+        def init_(self, batch):
+            return jnp.zeros(batch, jnp.int32)
+
+        def sample(self, state, logits, key):
+            best = jax.lax.top_k(logits, 2)[1]
+            return jnp.take_along_axis(best, state[:, None] % 2, axis=1)[:, 0], state + 1
+
+    params, config = model
+    tokens, lengths = prompts([5, 8])
+    out = jit_generate(params, config, tokens, lengths, KEY, sampler=Alternate(), max_new_tokens=6)
+    for row, n in enumerate([5, 8]):
+        sequence = np.concatenate([tokens[row, :n], out.tokens[row]])
+        order = np.argsort(-full_logits(config)(params, sequence[None])[0], axis=-1)
+        np.testing.assert_array_equal(out.tokens[row], order[np.arange(n - 1, n + 5), [0, 1, 0, 1, 0, 1]])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda dtype: dtype.__name__)
+def test_half_precision_stays_near_float32(model, dtype):
+    params, config = model
+    tokens, lengths = prompts(LENGTHS)
+    half = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
+    scored = jax.jit(score, static_argnums=1)
+    difference = scored(half, config, tokens, lengths) - scored(wide, config, tokens, lengths)
+    assert np.abs(difference).max() < {jnp.bfloat16: 0.15, jnp.float16: 0.02}[dtype]
+    out = jit_generate(half, config, tokens, lengths, KEY, max_new_tokens=4)
+    assert out.logprobs.dtype == jnp.float32 and np.isfinite(out.logprobs).all()
+
+
+def test_dynamic_rope_reads_each_rows_own_length():
+    """One row beyond the trained context does not change the positions of a row inside it."""
+    from jaxdecode.config import RopeConfig
+
+    rope = RopeConfig(kind="dynamic", factor=4.0, original_max_len=16)
+    params, config = tiny_model(rope=rope)
+    plain = tiny_config()
+    tokens, lengths = prompts([6, 60])
+    out = jit_generate(params, config, tokens, lengths, KEY, max_new_tokens=4)
+    unscaled = jit_generate(params, plain, tokens, lengths, KEY, max_new_tokens=4)
+    np.testing.assert_allclose(out.logprobs[0], unscaled.logprobs[0], atol=1e-5)
+    assert np.abs(out.logprobs[1] - unscaled.logprobs[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": jnp.zeros((2, 0), int)}, "neither of them 0"),
+        ({"lengths": jnp.ones(3, int)}, r"lengths must be \[batch\]"),
+        ({"max_new_tokens": 0}, "at least 1; got 0"),
+        ({"max_len": 9}, r"prompt_len \+ max_new_tokens = 8 \+ 4; got 9"),
+        ({"key": jax.random.split(KEY, 3)}, r"one a row, \[2\]"),
+        ({"stop_sequences": [[]]}, "at least one token"),
+        ({"config": tiny_config(model_type="gpt9")}, "no model for model_type 'gpt9'; there are llama"),
+    ],
+)
+def test_bad_arguments_are_named(model, change, message):
+    params, config = model
+    tokens, lengths = prompts([8, 8])
+    arguments = dict(params=params, config=config, tokens=tokens, lengths=lengths, key=KEY, max_new_tokens=4) | change
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        generation.generate(**arguments)
+
+
+def test_params_are_plain_dicts_and_lists(model):
+    params, config = model
+
+    def walk(node):
+        if isinstance(node, dict | list):
+            return all(walk(child) for child in (node.values() if isinstance(node, dict) else node))
+        return isinstance(node, jax.Array)
+
+    assert type(params) is dict and walk(params)
+    abstract = jax.eval_shape(lambda: init_params(config, KEY))
+    assert jax.tree.map(lambda leaf: leaf.shape, abstract) == jax.tree.map(lambda leaf: leaf.shape, params)

@@ -1,0 +1,134 @@
+"""Every implementation of every operation gives the definition's answer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.dataflow import choose_implementation
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.flat_gemm import gated_linear, linear
+from pallas_kernels.prefill_attention import prefill_attention
+
+IMPLEMENTATIONS = ["reference", "xla"]
+TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2, jnp.float16: 3e-3}
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+
+
+def attention_by_hand(query, keys, values, positions, scale, window):
+    """Softmax over exactly the visible slots of each query, in float64."""
+    query, keys, values = (np.asarray(x, np.float64) for x in (query, keys, values))
+    out = np.zeros(query.shape)
+    group = query.shape[2] // keys.shape[1]
+    for b, q, h in np.ndindex(query.shape[:3]):
+        last = int(positions[b, q])
+        first = 0 if window is None else max(0, last - window + 1)
+        if last < 0:
+            continue
+        scores = keys[b, h // group, first : last + 1] @ query[b, q, h] * scale
+        weights = np.exp(scores - scores.max())
+        out[b, q, h] = weights / weights.sum() @ values[b, h // group, first : last + 1]
+    return out
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize(
+    ("q_len", "max_len", "start", "window", "q_per_kv"),
+    [(1, 16, 9, None, 1), (5, 16, 11, None, 4), (7, 700, 600, None, 2), (7, 1100, 1000, 40, 3), (3, 515, 0, 2, 2)],
+)
+def test_prefill_attention_is_the_softmax_over_visible_slots(
+    implementation, dtype, q_len, max_len, start, window, q_per_kv
+):
+    query = normal(0, 2, q_len, 2 * q_per_kv, 16, dtype=dtype)
+    keys, values = normal(1, 2, 2, max_len, 16, dtype=dtype), normal(2, 2, 2, max_len, 16, dtype=dtype)
+    positions = jnp.stack([start + jnp.arange(q_len), start // 2 + jnp.arange(q_len)]).astype(jnp.int32)
+    out = prefill_attention(query, keys, values, positions, scale=0.25, window=window, implementation=implementation)
+    expected = attention_by_hand(query, keys, values, positions, 0.25, window)
+    assert out.dtype == dtype
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("max_len", [20, 600])
+def test_decode_attention_ignores_unused_slots_even_nan(implementation, window, max_len):
+    lengths = jnp.asarray([0, 1, 13, 20])
+    query, keys, values = normal(0, 4, 6, 16), normal(1, 4, 2, max_len, 16), normal(2, 4, 2, max_len, 16)
+    unused = (jnp.arange(max_len) >= lengths[:, None])[:, None, :, None]
+    dirty = [jnp.where(unused, bad, x) for bad, x in ((jnp.nan, keys), (jnp.inf, values))]
+    out = decode_attention(query, *dirty, lengths, scale=0.25, window=window, implementation=implementation)
+    expected = attention_by_hand(query[:, None], keys, values, lengths[:, None] - 1, 0.25, window)[:, 0]
+    np.testing.assert_allclose(out, expected, atol=4e-6)
+    assert (out[0] == 0).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("m", [(), (1,), (8,), (2, 5)])
+def test_linear(implementation, dtype, m):
+    x, weight, bias = normal(0, *m, 64, dtype=dtype), normal(1, 24, 64, dtype=dtype), normal(2, 24, dtype=dtype)
+    residual = normal(3, *m, 24, dtype=dtype)
+    out = linear(x, weight, bias, residual=residual, implementation=implementation)
+    wide = [np.asarray(part, np.float64) for part in (x, weight, bias, residual)]
+    expected = wide[0] @ wide[1].T + wide[2] + wide[3]
+    assert out.dtype == dtype
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=8 * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert linear(x, weight, out_dtype=jnp.float32, implementation=implementation).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("activation", "by_hand"),
+    [("silu", lambda g: g / (1 + np.exp(-g))), ("relu", lambda g: np.maximum(g, 0))],
+)
+def test_gated_linear(implementation, activation, by_hand):
+    x, weight, bias = normal(0, 3, 32), normal(1, 20, 32), normal(2, 20)
+    out = gated_linear(x, weight, bias, activation=activation, implementation=implementation)
+    gate, up = np.split(np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T + bias, 2, axis=-1)
+    np.testing.assert_allclose(out, by_hand(gate) * up, atol=2e-5)
+
+
+def test_a_mapped_activation_axis_leaves_the_weights_alone():
+    """vmap over activations gives one product in which the weight has no mapped axis, not a batch of them."""
+    x, weight = normal(0, 4, 2, 64), normal(1, 24, 64)
+    jaxpr = jax.make_jaxpr(jax.vmap(lambda x: linear(x, weight)))(x)
+    (product,) = (equation for equation in jaxpr.eqns if equation.primitive.name == "dot_general")
+    (_, _), (batched_left, batched_right) = product.params["dimension_numbers"]
+    assert (batched_left, batched_right) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: linear(jnp.ones((2, 3)), jnp.ones((4, 5))), r"agree on k; got \(2, 3\) and \(4, 5\)"),
+        (lambda: gated_linear(jnp.ones((2, 3)), jnp.ones((5, 3))), r"weight\[2 \* n, k\]"),
+        (
+            lambda: decode_attention(jnp.ones((2, 3, 8)), *[jnp.ones((2, 2, 4, 8))] * 2, jnp.ones(2, int), scale=1),
+            "multiple of num_kv_heads; got 3 and 2",
+        ),
+        (
+            lambda: decode_attention(jnp.ones((2, 4, 8)), *[jnp.ones((3, 2, 4, 8))] * 2, jnp.ones(2, int), scale=1),
+            "batch=2",
+        ),
+        (
+            lambda: decode_attention(jnp.ones((2, 4, 8)), *[jnp.ones((2, 2, 4, 8))] * 2, jnp.ones(3, int), scale=1),
+            "lengths must be",
+        ),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_unknown_implementation_names_those_that_exist():
+    with pytest.raises(NotImplementedError, match="no implementation 'cuda'; available: reference, xla"):
+        linear(jnp.ones((2, 3)), jnp.ones((4, 3)), implementation="cuda")
+
+
+def test_the_choice_states_its_reason():
+    assert choose_implementation("linear", "cpu").reason
