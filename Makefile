@@ -1,0 +1,39 @@
+# `make demo` and `make test` do everything from a bare clone: environment, install, weights, run.
+
+QUESTION ?= What is the capital of France, and what is it known for?
+MAX_NEW_TOKENS ?= 128
+
+export JAXDECODE_PYTHON
+BIN := .venv/bin
+
+.PHONY: demo test test-live lint types env env-hf weights clean
+
+demo: env
+	@$(BIN)/python scripts/demo.py --max-new-tokens $(MAX_NEW_TOKENS) -- "$$QUESTION"
+demo: export QUESTION := $(QUESTION)
+
+test: lint types weights
+	$(BIN)/python -m pytest --ignore tests/live
+
+# The same models in transformers and torch, in an environment of their own.
+test-live: env-hf weights
+	JAXDECODE_HF_PYTHON=.venv-hf/bin/python $(BIN)/python -m pytest tests/live
+
+lint: env
+	$(BIN)/ruff check .
+
+types: env
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+env:
+	@scripts/bootstrap.sh .venv "3.12 3.13 3.14" -c constraints.txt -e '.[test]'
+
+# Python 3.11 comes first: on Linux its newest torch on the package index is a small build without CUDA.
+env-hf:
+	@scripts/bootstrap.sh .venv-hf "3.11 3.12 3.13 3.14" -r scripts/hf-requirements.txt
+
+weights: env
+	@$(BIN)/python scripts/smollm2.py
+
+clean:
+	rm -rf .venv .venv-hf .cache

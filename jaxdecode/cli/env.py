@@ -1,0 +1,55 @@
+"""`jaxdecode env`: what is installed, which devices are here, what will run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+_PACKAGES = ("jaxdecode", "jax", "jaxlib", "flax", "orbax-checkpoint", "transformers", "safetensors", "numpy")
+
+
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Print versions, devices, cache folders and which backend will run."""
+    facts = _facts()
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+def _facts() -> dict[str, str | list[str]]:
+    import jax
+
+    from jaxdecode.compilation import VARIABLE, enable_cache
+    from jaxdecode.devices import describe_backend
+
+    backend = describe_backend()
+    folder = enable_cache()
+    return {
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        **{name: _version(name) for name in _PACKAGES},
+        "devices": [f"{device.device_kind} ({device.platform}:{device.id})" for device in jax.devices()],
+        "processors": str(os.cpu_count()),
+        "compiled programs": f"{folder or 'not kept'} (move or switch off: {VARIABLE})",
+        "backend": f"{backend.platform}: {backend.reason}",
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
