@@ -1,0 +1,157 @@
+"""A jaxdecode checkpoint back to a Hugging Face directory that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.errors import ConversionError
+from convert.family import part_rows
+from convert.hf_config import FAMILIES, to_hf_config
+from convert.weights import CHUNK_BYTES, DTYPES
+from jaxdecode.checkpoint import load_config, load_manifest, tensor_views
+from jaxdecode.checkpoint_writer import refuse_existing, sync_dir
+from jaxdecode.config import ModelConfig
+from jaxdecode.safetensors_file import numpy_dtype, plan_header, tensor_bytes
+
+SHARD_BYTES = 5_000_000_000
+_Pieces = dict[str, np.ndarray]  # Hugging Face name -> rows of one of our mapped tensors
+
+
+def export(
+    checkpoint: str | Path,
+    outdir: str | Path,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Path:
+    """Write config.json, safetensors, generation_config.json and the tokenizer; OUTDIR appears whole or not at all.
+
+    Args:
+      dtype: cast the weights; None keeps them bit for bit.
+      shard_bytes: begin another file beyond this size.
+      progress: called with (bytes done, bytes in all, file).
+
+    Raises:
+      ConversionError: not a checkpoint, damaged, an existing OUTDIR, no room, or a config Hugging Face cannot express.
+    """
+    checkpoint, outdir = Path(checkpoint), Path(outdir)
+    if dtype is not None and dtype not in DTYPES:
+        raise ConversionError(f"unknown dtype {dtype!r}; supported are {', '.join(DTYPES)}", "cannot export")
+    try:
+        refuse_existing(outdir)
+        config, manifest, views = load_config(checkpoint), load_manifest(checkpoint), tensor_views(checkpoint)
+    except ConversionError:
+        raise
+    except ValueError as error:
+        raise ConversionError(str(error), "cannot export") from error
+    stored = dtype or manifest["dtype"]
+    hf_config = to_hf_config(config, stored)
+    pieces = {
+        name: piece for ours, view in views.items() for name, piece in _split(config, ours, view).items()
+    }
+    _check_room(pieces, dtype, outdir)
+    scratch = outdir.parent / f"{outdir.name}.partial"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        _write_weights(scratch, pieces, dtype, shard_bytes, progress)
+        _write_json(scratch / "config.json", hf_config)
+        _write_json(scratch / "generation_config.json", {"eos_token_id": hf_config["eos_token_id"]})
+        for file in sorted((checkpoint / "tokenizer").glob("*")):
+            shutil.copyfile(file, scratch / file.name)
+        refuse_existing(outdir)
+        os.rename(scratch, outdir)
+        sync_dir(outdir.absolute().parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return outdir
+
+
+def _split(config: ModelConfig, target: str, view: np.ndarray) -> _Pieces:
+    """The Hugging Face tensors that stand in one of ours."""
+    names = FAMILIES[config.model_type].sources(target)
+    rows = part_rows(config, target, len(names), view.shape[0])
+    stops = np.cumsum(rows)
+    return {name: view[stop - count : stop] for name, count, stop in zip(names, rows, stops, strict=True)}
+
+
+def _size(piece: np.ndarray, dtype: str | None) -> int:
+    return tensor_bytes(piece.shape, dtype or piece.dtype.name)
+
+
+def _check_room(pieces: _Pieces, dtype: str | None, outdir: Path) -> None:
+    parent = outdir.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    needed, free = (
+        sum(_size(piece, dtype) for piece in pieces.values()) + (8 << 20),
+        shutil.disk_usage(parent).free,
+    )
+    if needed > free:
+        raise ConversionError(
+            f"not enough disk: {outdir} needs {needed:,} bytes, {parent} has {free:,} free", "cannot export"
+        )
+
+
+def _write_weights(
+    folder: Path,
+    pieces: _Pieces,
+    dtype: str | None,
+    shard_bytes: int,
+    progress: Callable[[int, int, str], None] | None,
+) -> None:
+    shards: list[_Pieces] = [{}]
+    for name, piece in pieces.items():
+        held = sum(_size(other, dtype) for other in shards[-1].values())
+        if shards[-1] and held + _size(piece, dtype) > shard_bytes:
+            shards.append({})
+        shards[-1][name] = piece
+    done, total = 0, sum(_size(piece, dtype) for piece in pieces.values())
+    weight_map: dict[str, str] = {}
+    for index, shard in enumerate(shards):
+        file = (
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        )
+        weight_map |= dict.fromkeys(shard, file)
+        for written in _write_shard(folder / file, shard, dtype):
+            done += written
+            if progress:
+                progress(done, total, file)
+    if len(shards) > 1:
+        _write_json(
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": weight_map},
+        )
+
+
+def _write_shard(path: Path, shard: _Pieces, dtype: str | None) -> Iterator[int]:
+    """Write one file; yields the bytes of each chunk."""
+    specs = {name: (dtype or piece.dtype.name, piece.shape) for name, piece in shard.items()}
+    header, entries = plan_header(specs, {"format": "pt"})  # transformers loads no file that does not say so
+    with path.open("wb") as file:
+        file.write(header)
+        for name, entry in entries.items():
+            piece = shard[name]
+            step = max(1, CHUNK_BYTES // max(1, piece[:1].nbytes))
+            for start in range(0, piece.shape[0], step):
+                chunk = np.ascontiguousarray(piece[start : start + step]).astype(
+                    numpy_dtype(entry.dtype), copy=False
+                )
+                file.write(chunk.reshape(-1).view(np.uint8).data)
+                yield chunk.nbytes
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,155 @@
+"""The GGUF container: metadata and tensor table, every length checked before it is believed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.errors import ConversionError
+from jaxdecode.safetensors_file import map_file
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_MAX_DIMENSIONS = 4  # ggml's own limit
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufTensor:
+    """One tensor: `rows` is [rows, bytes per row] uint8 over the mapped file, `shape` the logical one, rows first."""
+
+    name: str
+    type_name: str
+    shape: tuple[int, ...]
+    rows: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufFile:
+    metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Parse a GGUF file; tensors stay on disk.
+
+    Raises:
+      ConversionError: not a GGUF file of a known version, truncated, or malformed.
+    """
+    cursor = _Cursor(path, map_file(path))
+    if cursor.take(4) != MAGIC:
+        raise ConversionError(
+            f"{path} is not a GGUF file: it does not begin with {MAGIC.decode()}; expected a .gguf file or "
+            "a model directory"
+        )
+    (version,) = cursor.unpack("I")
+    if version not in VERSIONS:
+        raise ConversionError(
+            f"{path} is GGUF version {version}; versions {VERSIONS[0]} and {VERSIONS[1]} are read "
+            "(a big-endian file shows a huge version)"
+        )
+    tensor_count, pair_count = cursor.unpack("QQ")
+    metadata: dict[str, Any] = {}
+    for _ in range(pair_count):
+        key = cursor.string()
+        if key in metadata:
+            raise ConversionError(f"{path}: metadata key {key!r} appears twice")
+        metadata[key] = cursor.value(cursor.unpack("I")[0])
+    table = [cursor.tensor_info() for _ in range(tensor_count)]
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment <= 0 or alignment % 8:
+        raise ConversionError(
+            f"{path}: general.alignment must be a positive multiple of 8; got {alignment!r}"
+        )
+    data_start = -(-cursor.position // alignment) * alignment
+    tensors: dict[str, GgufTensor] = {}
+    problems: list[str] = []
+    for name, shape, type_code, offset in table:
+        if name in tensors:
+            problems.append(f"{path}: tensor {name!r} appears twice")
+            continue
+        try:
+            tensors[name] = _tensor(path, cursor.data, name, shape, type_code, data_start + offset)
+        except ConversionError as error:
+            problems += error.problems
+    if problems:
+        raise ConversionError(problems)
+    return GgufFile(metadata, tensors)
+
+
+def _tensor(
+    path: Path, data: np.ndarray, name: str, shape: tuple[int, ...], type_code: int, start: int
+) -> GgufTensor:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        kind = GGMLQuantizationType(type_code)
+    except ValueError as error:
+        raise ConversionError(f"{path}: tensor {name} has unknown GGML type {type_code}") from error
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    if not shape or 0 in shape or shape[-1] % block:
+        raise ConversionError(
+            f"{path}: tensor {name} of type {kind.name} has shape {list(shape)}: rows must be whole blocks "
+            f"of {block}"
+        )
+    row_bytes = shape[-1] // block * block_bytes
+    size = math.prod(shape[:-1]) * row_bytes
+    if start + size > len(data):
+        raise ConversionError(
+            f"{path}: truncated: tensor {name} ends at byte {start + size}, the file has {len(data)}"
+        )
+    return GgufTensor(name, kind.name, shape, data[start : start + size].reshape(-1, row_bytes))
+
+
+class _Cursor:
+    """Reads little-endian values one after another, never past the end."""
+
+    def __init__(self, path: Path, data: np.ndarray):
+        self.path, self.data, self.position = path, data, 0
+
+    def take(self, size: int) -> bytes:
+        if size > len(self.data) - self.position:
+            raise ConversionError(
+                f"{self.path}: truncated: {size} bytes wanted at byte {self.position}, the file has "
+                f"{len(self.data)}"
+            )
+        self.position += size
+        return self.data[self.position - size : self.position].tobytes()
+
+    def unpack(self, codes: str) -> tuple[Any, ...]:
+        return struct.unpack(f"<{codes}", self.take(struct.calcsize(f"<{codes}")))
+
+    def string(self) -> str:
+        return self.take(self.unpack("Q")[0]).decode("utf-8", errors="replace")
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if kind in _SCALARS:
+            return self.unpack(_SCALARS[kind])[0]
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY or depth > 4:
+            raise ConversionError(f"{self.path}: unknown metadata type {kind} at byte {self.position}")
+        inner, count = self.unpack("IQ")
+        if inner in _SCALARS:
+            dtype = np.dtype(f"<{_SCALARS[inner]}")
+            return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
+        if count > len(self.data):  # each element takes at least a byte
+            raise ConversionError(f"{self.path}: truncated: an array claims {count} elements")
+        return [self.value(inner, depth + 1) for _ in range(count)]
+
+    def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self.string()
+        (dimensions,) = self.unpack("I")
+        if dimensions > _MAX_DIMENSIONS:
+            raise ConversionError(
+                f"{self.path}: tensor {name!r:.80} claims {dimensions} dimensions; at most {_MAX_DIMENSIONS}"
+            )
+        shape = self.unpack(f"{dimensions}Q")
+        kind, offset = self.unpack("IQ")
+        return name, tuple(reversed(shape)), kind, offset

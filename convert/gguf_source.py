@@ -1,0 +1,235 @@
+"""A GGUF file seen as a Hugging Face checkpoint: its metadata as config.json, its tensors under their original names."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.errors import ConversionError
+from convert.gguf_file import GgufTensor, read_gguf
+from convert.sources import Read, Source, SourceTensor, fingerprint
+from jaxdecode.safetensors_file import numpy_dtype
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral's models are stored as "llama"
+_MODEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER = {
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+_DENSE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+_LLAMA3_ORIGINAL_LENGTHS = (8192, 4096, 16384, 32768, 2048, 65536, 131072)
+
+
+def open_gguf(path: Path) -> Source:
+    """Open a GGUF file of a supported architecture.
+
+    Raises:
+      ConversionError: not GGUF, damaged, split, of another architecture, or with metadata missing.
+    """
+    from convert.tokenizer import tokenizer_problems, write_gguf_tokenizer
+
+    file = read_gguf(path)
+    metadata, tensors = file.metadata, dict(file.tensors)
+    if metadata.get("split.count", 0) > 1:
+        raise ConversionError(
+            f"{path} is one of {metadata['split.count']} parts; merge them first: "
+            f"llama-gguf-split --merge {path.name} MERGED.gguf"
+        )
+    architecture = metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise ConversionError(
+            f"{path} has GGUF architecture {architecture!r}; supported are {', '.join(ARCHITECTURES)}"
+        )
+    factors = tensors.pop("rope_freqs.weight", None)
+    config = _config(path, metadata, architecture, tensors)
+    if factors is not None:
+        config |= _rope_from_factors(path, config, _rows(factors)(0, factors.shape[0]).astype(np.float64))
+    unpermute = architecture == "llama"
+    named = {}
+    for tensor in tensors.values():
+        name = _hf_name(tensor.name)
+        read = _rows(
+            tensor, config["head_dim"] if unpermute and re.search(r"\.attn_[qk]\.", tensor.name) else None
+        )
+        named[name] = SourceTensor(
+            name=name,
+            stored=tensor.type_name,
+            dtype=_DENSE.get(tensor.type_name, "float32"),
+            shape=tensor.shape,
+            where=path.name,
+            read=read,
+        )
+    return Source(
+        path=path,
+        kind="GGUF",
+        config=config,
+        generation_config={},
+        tensors=named,
+        problems=[f"{path}: {problem}" for problem in tokenizer_problems(metadata)],
+        fingerprint=fingerprint([path]),
+        write_tokenizer=lambda target: write_gguf_tokenizer(metadata, target),
+    )
+
+
+def _config(
+    path: Path, metadata: dict[str, Any], architecture: str, tensors: dict[str, GgufTensor]
+) -> dict[str, Any]:
+    """What config.json said before the model became a GGUF file."""
+    needed = [
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "feed_forward_length",
+        "attention.head_count",
+        "attention.layer_norm_rms_epsilon",
+    ]
+    missing = [
+        f"{path}: metadata lacks {architecture}.{key}"
+        for key in needed
+        if f"{architecture}.{key}" not in metadata
+    ]
+    if missing:
+        raise ConversionError(missing)
+
+    def get(key: str, default: Any = None) -> Any:
+        return metadata.get(f"{architecture}.{key}", default)
+
+    heads = get("attention.head_count")
+    if not isinstance(heads, int) or heads <= 0:
+        raise ConversionError(
+            f"{path}: {architecture}.attention.head_count must be one positive number; got {heads!r:.80}"
+        )
+    head_dim = get("attention.key_length") or get("embedding_length") // heads
+    embed = tensors.get("token_embd.weight")
+    window = get("attention.sliding_window")
+    config = {
+        "model_type": "mistral" if architecture == "llama" and window else architecture,
+        "vocab_size": embed.shape[0] if embed else get("vocab_size"),
+        "hidden_size": get("embedding_length"), "intermediate_size": get("feed_forward_length"),
+        "num_hidden_layers": get("block_count"), "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads), "head_dim": head_dim,
+        "max_position_embeddings": get("context_length"), "hidden_act": "silu",
+        "rms_norm_eps": _shortest(get("attention.layer_norm_rms_epsilon")),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "rope_theta": _shortest(get("rope.freq_base", 10000.0)), "rope_scaling": _rope_scaling(path, get),
+        "sliding_window": window or None,
+        "attention_bias": "blk.0.attn_q.bias" in tensors and architecture != "qwen2",
+        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"), "eos_token_id": _eos(metadata),
+    }  # fmt: skip
+    if get("rope.dimension_count", head_dim) != head_dim:
+        config["partial_rotary_factor"] = get("rope.dimension_count") / head_dim
+    if get("expert_count"):
+        raise ConversionError(
+            f"{path} is a mixture of {get('expert_count')} experts; only dense models are supported"
+        )
+    return config
+
+
+def _shortest(value: Any) -> Any:
+    """The shortest decimal that is this float32: metadata stores 1e-5 as 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _eos(metadata: dict[str, Any]) -> list[int]:
+    keys = ("eos_token_id", "eot_token_id", "eom_token_id")
+    found = [metadata[f"tokenizer.ggml.{key}"] for key in keys if f"tokenizer.ggml.{key}" in metadata]
+    return list(dict.fromkeys(found))
+
+
+def _rope_scaling(path: Path, get) -> dict[str, Any] | None:
+    kind, factor = get("rope.scaling.type"), get("rope.scaling.factor") or get("rope.scale_linear")
+    if kind in (None, "none") and not (kind is None and factor and factor != 1.0):
+        return None
+    kind = kind or "linear"
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    if kind != "yarn":
+        raise ConversionError(
+            f"{path}: rope scaling {kind!r} of a GGUF file is not supported; linear, yarn and Llama 3's are"
+        )
+    keys = {"beta_fast": "rope.scaling.yarn_beta_fast", "beta_slow": "rope.scaling.yarn_beta_slow",
+            "original_max_position_embeddings": "rope.scaling.original_context_length"}  # fmt: skip
+    scaling = {name: get(key) for name, key in keys.items() if get(key) is not None}
+    if get("rope.scaling.attn_factor") not in (None, 1.0):
+        # llama.cpp multiplies its own 1 + 0.1 ln(factor) by this
+        scaling["attention_factor"] = get("rope.scaling.attn_factor") * (1 + 0.1 * math.log(factor))
+    return {"rope_type": "yarn", "factor": factor, **scaling}
+
+
+def _rope_from_factors(path: Path, config: dict[str, Any], factors: np.ndarray) -> dict[str, Any]:
+    """Llama 3's parameters, found again from the table of divisors that replaces them in a GGUF file.
+
+    Raises:
+      ConversionError: no such parameters give this table.
+    """
+    if np.allclose(factors, 1.0, rtol=1e-5):
+        return {}
+    factor, half = float(factors.max()), config["head_dim"] // 2
+    wavelengths = 2 * math.pi * config["rope_theta"] ** (np.arange(half) / half)
+    for original in _LLAMA3_ORIGINAL_LENGTHS:
+        smooth = (original / wavelengths - 1.0) / (4.0 - 1.0)
+        expected = 1.0 / ((1 - smooth) / factor + smooth)
+        expected = np.where(
+            wavelengths < original / 4.0, 1.0, np.where(wavelengths > original, factor, expected)
+        )
+        if factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-3):
+            scaling = {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": original,
+            }
+            return {"rope_scaling": scaling}
+    raise ConversionError(
+        f"{path}: rope_freqs.weight does not follow Llama 3's rule (factors from {factors.min():.4g} to "
+        f"{factors.max():.4g}); such positions are not supported"
+    )
+
+
+def _hf_name(name: str) -> str:
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+    if match and match[2] in _LAYER:
+        return f"model.layers.{int(match[1])}.{_LAYER[match[2]]}.{match[3]}"
+    module, _, suffix = name.rpartition(".")
+    return f"{_MODEL[module]}.{suffix}" if module in _MODEL else name
+
+
+def _rows(tensor: GgufTensor, head_dim: int | None = None) -> Read:
+    """Reader of dense rows; with `head_dim`, rows go back to the half-split order from llama.cpp's interleaved one.
+
+    A one-dimensional tensor is one row of blocks in the file; its "rows" are its elements.
+    """
+    flat = len(tensor.shape) == 1
+
+    def read(start: int, stop: int) -> np.ndarray:
+        if flat:
+            values = _dense(tensor.type_name, tensor.rows, tensor.shape[-1])[0]
+            return values[_interleaved(start, stop, head_dim)] if head_dim else values[start:stop]
+        rows = tensor.rows[_interleaved(start, stop, head_dim) if head_dim else slice(start, stop)]
+        return _dense(tensor.type_name, rows, tensor.shape[-1])
+
+    return read
+
+
+def _interleaved(start: int, stop: int, head_dim: int) -> np.ndarray:
+    """File rows of half-split rows [start, stop): pair j of a head lies at 2j and 2j + 1 in the file."""
+    rows = np.arange(start, stop)
+    within = rows % head_dim
+    return rows - within + within % (head_dim // 2) * 2 + within // (head_dim // 2)
+
+
+def _dense(type_name: str, rows: np.ndarray, columns: int) -> np.ndarray:
+    if type_name in _DENSE:
+        return np.ascontiguousarray(rows).view(numpy_dtype(_DENSE[type_name])).reshape(-1, columns)
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    return dequantize(np.ascontiguousarray(rows), GGMLQuantizationType[type_name])

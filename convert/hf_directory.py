@@ -1,0 +1,205 @@
+"""A Hugging Face model directory: config.json, weights in one file or in shards with an index, tokenizer files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from convert.errors import ConversionError
+from convert.sources import Source, SourceTensor, fingerprint
+from jaxdecode import safetensors_file
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def open_directory(path: Path) -> Source:
+    """Open a model directory as transformers writes it.
+
+    Raises:
+      ConversionError: it holds no config.json or no weights.
+    """
+    problems: list[str] = []
+    config = _required_config(path)
+    generation = (
+        read_json(path / "generation_config.json", problems)
+        if (path / "generation_config.json").exists()
+        else {}
+    )
+    chosen = next((name for name in WEIGHT_FILES if (path / name).exists()), None)
+    if chosen is None:
+        raise ConversionError(
+            f"{path} holds no weights: expected one of {', '.join(WEIGHT_FILES)}; found {_listing(path)}"
+        )
+    files = _shards(path, chosen, problems)
+    tensors: dict[str, SourceTensor] = {}
+    for file in files:
+        _add_tensors(path / file, tensors, problems)
+    _check_index(files, tensors, {path / file for file in files if (path / file).exists()}, problems)
+    present = [path / file for file in files if (path / file).exists()]
+    return Source(
+        path=path, kind="safetensors" if "safetensors" in chosen else "torch .bin", config=config,
+        generation_config=generation, tensors=tensors, problems=problems,
+        fingerprint=fingerprint(present, json.dumps(config), json.dumps(generation)),
+        write_tokenizer=lambda target: copy_tokenizer(path, target),
+    )  # fmt: skip
+
+
+def read_json(path: Path, problems: list[str]) -> dict[str, Any]:
+    """A JSON object; anything else becomes a problem and an empty dict."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{path} is not readable JSON: {error}")
+        return {}
+    if not isinstance(value, dict):
+        problems.append(f"{path} must hold a JSON object; it holds a {type(value).__name__}")
+        return {}
+    return value
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files, and nothing that could be code."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file() and _inside(source, source / name):
+            shutil.copyfile(source / name, target / name)
+
+
+def _required_config(path: Path) -> dict[str, Any]:
+    if not (path / "config.json").exists():
+        hints = {
+            "adapter_config.json": "; this is an adapter: merge it into its base model first",
+            "manifest": "; this looks like a jaxdecode checkpoint, which needs no conversion",
+            "params.json": "; this looks like Meta's own format: convert it with transformers first",
+        }
+        hint = next((text for name, text in hints.items() if (path / name).exists()), "")
+        gguf = sorted(file.name for file in path.glob("*.gguf"))
+        if gguf:
+            hint = f"; to convert a GGUF file name it itself: {path / gguf[0]}"
+        raise ConversionError(
+            f"{path} is not a Hugging Face model directory: it has no config.json; found {_listing(path)}{hint}"
+        )
+    problems: list[str] = []
+    config = read_json(path / "config.json", problems)
+    if problems:
+        raise ConversionError(problems)
+    return config
+
+
+def _shards(path: Path, chosen: str, problems: list[str]) -> dict[str, list[str]]:
+    """File names in order, each with the tensors the index places there (none without an index)."""
+    if not chosen.endswith(".index.json"):
+        if not _inside(path, path / chosen):
+            problems.append(f"{path / chosen} is a link that leads out of {path}")
+            return {}
+        return {chosen: []}
+    index = read_json(path / chosen, problems)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        problems.append(f"{path / chosen} has no weight_map from tensor names to file names")
+        return {}
+    files: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        files.setdefault(file, []).append(name)
+    return {
+        file: names for file, names in sorted(files.items()) if _usable(path, chosen, file, names, problems)
+    }
+
+
+def _usable(path: Path, index: str, file: str, names: list[str], problems: list[str]) -> bool:
+    parts = PurePosixPath(file).parts
+    if not parts or PurePosixPath(file).is_absolute() or ".." in parts or "\\" in file or "\0" in file:
+        problems.append(f"{index} names the shard {file!r}: shards must lie inside the model directory")
+    elif not (path / file).exists():
+        problems.append(
+            f"missing shard: {index} names {file} (for {names[0]} and {len(names) - 1} other tensors), "
+            "which does not exist"
+        )
+    elif not _inside(path, path / file):
+        problems.append(f"{path / file} is a link that leads out of {path}")
+    else:
+        return True
+    return False
+
+
+def _inside(directory: Path, file: Path) -> bool:
+    """Whether a file really lies in its directory; hub snapshots may link to their own repository's blobs."""
+    roots = [directory.resolve()]
+    if directory.absolute().parent.name == "snapshots":
+        roots.append((directory.absolute().parent.parent / "blobs").resolve())
+    return any(file.resolve().is_relative_to(root) for root in roots)
+
+
+def _add_tensors(file: Path, tensors: dict[str, SourceTensor], problems: list[str]) -> None:
+    try:
+        found = _torch_tensors(file) if file.suffix == ".bin" else _safetensors(file)
+    except (ValueError, OSError) as error:
+        problems += error.problems if isinstance(error, ConversionError) else [str(error)]
+        return
+    for name, tensor in found.items():
+        if name in tensors:
+            problems.append(f"{name} is in both {tensors[name].where} and {tensor.where}")
+        tensors[name] = tensor
+
+
+def _torch_tensors(file: Path) -> dict[str, SourceTensor]:
+    from convert.torch_bin import read_torch_file
+
+    return read_torch_file(file)
+
+
+def _safetensors(file: Path) -> dict[str, SourceTensor]:
+    entries, mapped = safetensors_file.read_header(file), safetensors_file.map_file(file)
+    return {
+        name: SourceTensor(
+            name=name, stored=entry.dtype, dtype=entry.dtype, shape=entry.shape, where=file.name,
+            read=_reader(safetensors_file.view(mapped, entry)),
+        )
+        for name, entry in entries.items()
+    }  # fmt: skip
+
+
+def _reader(array: np.ndarray):
+    return lambda start, stop: array[start:stop]
+
+
+def _check_index(
+    files: dict[str, list[str]], tensors: dict[str, SourceTensor], present: set[Path], problems: list[str]
+) -> None:
+    """Every tensor must be in the shard where the index places it; shards that could not be read were reported."""
+    readable = {tensor.where for tensor in tensors.values()}
+    for file, names in files.items():
+        if Path(file).name in readable:
+            problems += [
+                f"the index places {name} in {file}, which does not hold it"
+                for name in names
+                if name not in tensors or tensors[name].where != Path(file).name
+            ]
+
+
+def _listing(path: Path) -> str:
+    names = sorted(child.name for child in path.iterdir())
+    return (
+        ", ".join(names[:8]) + (f", … ({len(names)} entries)" if len(names) > 8 else "")
+        if names
+        else "nothing"
+    )

@@ -1,0 +1,326 @@
+"""Writing a checkpoint so that it is whole or absent, and so that a killed run continues where it stopped.
+
+Everything happens in `PATH.partial`, one item (weight file) after another; a journal there names the finished items and
+their hashes. One rename of a directory makes the checkpoint appear at PATH.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from jaxdecode import safetensors_file
+from jaxdecode.checkpoint import FORMAT_VERSION
+from jaxdecode.config import ModelConfig
+
+Specs = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor name -> (dtype name, shape)
+
+
+class CheckpointWriter:
+    """Context manager that writes one checkpoint.
+
+    Attributes:
+      partial: the directory it works in; it outlives a failed or killed run, for the next one to continue.
+      restarted: a partial of something else was found there and thrown away.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        config: ModelConfig,
+        identity: dict[str, Any] | None,
+        source: dict[str, Any],
+    ):
+        """Prepare to write `path`; nothing is touched before entering the context.
+
+        Args:
+          identity: JSON that fixes the bytes to be written (source fingerprint, dtype); a partial with the same identity
+            and config is continued. None never continues.
+          source: JSON for the manifest: where the weights come from.
+        """
+        self.path = Path(path)
+        self.partial = partial_dir(self.path)
+        self.restarted = False
+        self._config, self._source = config, source
+        self._header = {
+            "format_version": FORMAT_VERSION,
+            "version": _version(),
+            "config": config.to_dict(),
+            "identity": identity,
+        }
+        self._rows: dict[str, dict[str, Any]] = {}  # tensor name -> manifest row
+        self._items: dict[str, list[str]] = {}  # finished items -> their tensors
+        self._lock: IO[str] | None = None
+        self._journal: IO[str] | None = None
+
+    def __enter__(self) -> CheckpointWriter:
+        """Take the partial directory, continuing or clearing what is there.
+
+        Raises:
+          ValueError: the destination exists, another writer is at work, or PATH.partial is not a partial of ours.
+        """
+        refuse_existing(self.path)
+        if self.partial.exists() and not (self.partial / "lock").exists() and any(self.partial.iterdir()):
+            raise ValueError(f"{self.partial} is in the way: it is not an unfinished checkpoint; move it")
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.partial / "lock").open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise ValueError(
+                f"another process is writing {self.path} (it holds {self.partial / 'lock'})"
+            ) from error
+        try:
+            refuse_existing(self.path)  # a writer that held the lock until now may just have finished
+            if not _is_still(self._lock, self.partial / "lock"):
+                raise ValueError(f"another process has just given up writing {self.path}; run again")
+            self._take_over()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        for file in (self._journal, self._lock):
+            if file is not None:
+                file.close()
+
+    def finished(self, item: str) -> bool:
+        """Whether an earlier run wrote this item."""
+        return item in self._items
+
+    def write_item(self, item: str, specs: Specs, chunks: Callable[[str], Iterator[np.ndarray]]) -> None:
+        """Write one weight file: `chunks(name)` yields a tensor's consecutive elements in the dtype of its spec.
+
+        Raises:
+          ValueError: the chunks of a tensor do not add up to its size.
+        """
+        header, entries = safetensors_file.plan_header(specs)
+        file = self._weights / f"{item}.safetensors"
+        temporary = file.with_suffix(".tmp")
+        rows = {}
+        with temporary.open("wb") as output:
+            output.write(header)
+            for name, entry in entries.items():
+                rows[name] = {
+                    "dtype": entry.dtype,
+                    "shape": list(entry.shape),
+                    "bytes": entry.stop - entry.start,
+                    "file": f"weights/{file.name}",
+                    "sha256": _write_tensor(output, name, entry, chunks(name)),
+                }
+            _sync(output)
+        os.replace(temporary, file)
+        sync_dir(self._weights)
+        self._note({"item": item, "tensors": rows})
+
+    def tokenizer_dir(self) -> Path:
+        """An empty directory for the tokenizer's files."""
+        path = self.partial / "checkpoint" / "tokenizer"
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        return path
+
+    def copy_tokenizer(self, source: Path) -> None:
+        """Take over the files of a tokenizer directory."""
+        target = self.tokenizer_dir()
+        for file in sorted(source.iterdir()):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+
+    def finish(self) -> None:
+        """Write config and manifest, then make the checkpoint appear.
+
+        Raises:
+          ValueError: something else appeared at the destination in the meantime.
+        """
+        checkpoint = self.partial / "checkpoint"
+        self._drop_strangers()
+        _write_orbax_items(
+            self.partial / "items",
+            checkpoint,
+            {"config": self._config.to_dict(), "manifest": self._manifest()},
+        )
+        for folder, _, files in os.walk(checkpoint):
+            for name in files:
+                if not name.endswith(".safetensors"):  # those are on the disk already
+                    with (Path(folder) / name).open("rb") as file:
+                        os.fsync(file.fileno())
+            sync_dir(Path(folder))
+        refuse_existing(self.path)
+        os.rename(checkpoint, self.path)
+        sync_dir(self.path.parent)
+        self.discard()
+
+    def discard(self) -> None:
+        """Throw the partial away, for an error that another run would meet again."""
+        self.__exit__()
+        shutil.rmtree(self.partial)
+
+    @property
+    def _weights(self) -> Path:
+        return self.partial / "checkpoint" / "weights"
+
+    def _take_over(self) -> None:
+        """Continue a journal with our header; clear anything else."""
+        journal = self.partial / "journal.jsonl"
+        lines = _read_journal(journal)
+        if not lines or self._header["identity"] is None or lines[0] != self._header:
+            self.restarted = bool(lines)
+            for child in self.partial.iterdir():
+                if child.name != "lock":
+                    shutil.rmtree(child) if child.is_dir() else child.unlink()
+            lines = []
+        self._weights.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in lines[1:] if self._intact(line)]
+        temporary = journal.with_suffix(".tmp")
+        with temporary.open("w") as file:  # rewritten whole: a killed run may have left half a line
+            file.writelines(json.dumps(line) + "\n" for line in [self._header, *kept])
+            _sync(file)
+        os.replace(temporary, journal)
+        self._journal = journal.open("a")
+        for line in kept:
+            self._remember(line)
+
+    def _intact(self, line: dict[str, Any]) -> bool:
+        file = self._weights / f"{line['item']}.safetensors"
+        try:
+            entries = safetensors_file.read_header(file)
+        except (OSError, ValueError):
+            return False
+        return {name: (row["dtype"], row["shape"]) for name, row in line["tensors"].items()} == {
+            name: (entry.dtype, list(entry.shape)) for name, entry in entries.items()
+        }
+
+    def _note(self, line: dict[str, Any]) -> None:
+        assert self._journal is not None, "write_item is called inside the context"
+        self._journal.write(json.dumps(line) + "\n")
+        _sync(self._journal)
+        self._remember(line)
+
+    def _remember(self, line: dict[str, Any]) -> None:
+        self._items[line["item"]] = list(line["tensors"])
+        self._rows |= line["tensors"]
+
+    def _drop_strangers(self) -> None:
+        for file in self._weights.iterdir():  # a half-written item of a killed run
+            if file.suffix != ".safetensors" or file.stem not in self._items:
+                file.unlink()
+
+    def _manifest(self) -> dict[str, Any]:
+        rows = dict(sorted(self._rows.items()))
+        sizes: dict[str, int] = {}
+        for row in rows.values():
+            sizes[row["dtype"]] = sizes.get(row["dtype"], 0) + row["bytes"]
+        return {
+            "format_version": FORMAT_VERSION,
+            "jaxdecode_version": _version(),
+            "dtype": max(sizes, key=lambda name: sizes[name]),
+            "source": self._source,
+            "total_bytes": sum(sizes.values()),
+            "tensors": rows,
+        }
+
+
+def partial_dir(path: Path) -> Path:
+    """Where an unfinished checkpoint of `path` lives: beside it, so that a rename finishes it."""
+    return path.parent / f"{path.name}.partial"
+
+
+def refuse_existing(path: Path) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+      ValueError: `path` exists.
+    """
+    if os.path.lexists(path):
+        raise ValueError(f"the destination {path} exists already; remove it or choose another")
+
+
+def _write_tensor(
+    output: IO[bytes], name: str, entry: safetensors_file.Entry, chunks: Iterator[np.ndarray]
+) -> str:
+    """Append one tensor; returns the SHA-256 of its little-endian bytes."""
+    digest, written = hashlib.sha256(), 0
+    for chunk in chunks:
+        if chunk.dtype != safetensors_file.numpy_dtype(entry.dtype):
+            raise ValueError(f"{name}: a chunk is {chunk.dtype}, the tensor {entry.dtype}")
+        data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
+        digest.update(data)
+        output.write(data.data)
+        written += len(data)
+    if written != entry.stop - entry.start:
+        raise ValueError(
+            f"{name}: {written} bytes were produced, its shape {list(entry.shape)} needs "
+            f"{entry.stop - entry.start}"
+        )
+    return digest.hexdigest()
+
+
+def _write_orbax_items(scratch: Path, target: Path, items: dict[str, Any]) -> None:
+    """Let Orbax write JSON items, then move them into `target`: Orbax makes its own directory and finalises it."""
+    import orbax.checkpoint as ocp
+
+    shutil.rmtree(scratch, ignore_errors=True)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        arguments = {name: ocp.args.JsonSave(item) for name, item in items.items()}
+        checkpointer.save(scratch.absolute(), args=ocp.args.Composite(**arguments))
+    for child in scratch.iterdir():
+        old = target / child.name
+        if old.is_dir():
+            shutil.rmtree(old)
+        os.replace(child, old)
+    scratch.rmdir()
+
+
+def _read_journal(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return []
+    for line in text.splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # half a line: its run was killed while writing it
+            break
+    return lines
+
+
+def _is_still(file: IO[Any], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _sync(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_dir(path: Path) -> None:
+    """Put a directory's entries on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("jaxdecode")
+    except importlib.metadata.PackageNotFoundError:  # a source tree on PYTHONPATH
+        return "0+source"
