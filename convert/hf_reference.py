@@ -1,7 +1,7 @@
-"""The source implementation's answers: transformers + torch run on the original checkpoint, in a process of their own.
+"""The source implementation's answers: transformers + torch on the original checkpoint, in their own process.
 
-This file is a script as much as a module: it imports nothing of ours, so any Python ≥ 3.10 that has torch and transformers
-can run it, whatever the versions of JAX and numpy around it. `run_reference` starts such a process.
+This file is a script as much as a module: it imports nothing of ours, so any Python ≥ 3.10 that has torch and
+transformers can run it, whatever the versions of JAX and numpy here. `run_reference` starts such a process.
 
     python hf_reference.py JOB.json        (or - for standard input)
 
@@ -15,15 +15,19 @@ A job file holds {"jobs": [job, …]}; the keys of one job, with their defaults:
     attention        "eager" or "sdpa"
     max_new_tokens   0: greedy tokens to generate after each prompt; eos does not stop it
     step_logits      true: keep the logits of each greedy step
-    forward          null; "prompt" or "sequence": one teacher-forced pass over the prompt, or prompt + greedy tokens
+    forward          null; "prompt" or "sequence": one teacher-forced pass over the prompt, or over the
+                     prompt and its greedy tokens
     positions        null for all; or a list per prompt: which positions' logits the teacher-forced pass keeps
-    stages           false: keep the embedding, the first layer's output, the last layer's, and the final norm's
+    stages           false: keep the outputs of the embedding, the first and last layer and the final norm
     top_k            10: how many best ids of each teacher-forced position to keep
     weight_hashes    false: SHA-256 of every weight's little-endian float32 bytes
 
-Arrays in the output, i counting the prompts: tokens/i [n], step_logits/i [n, vocab_size], step_logprobs/i [n];
-positions/i [p], logits/i [p, vocab_size], top_ids/i [p, top_k], logprobs/i [length - 1];
-embed/i, layer_0/i, layers/i, norm/i [length, embed_dim]; and `meta`, a JSON string.
+Arrays in the output, i counting the prompts:
+
+    tokens/i, step_logprobs/i [n]; step_logits/i [n, vocab_size]
+    positions/i [p], logits/i [p, vocab_size], top_ids/i [p, top_k], logprobs/i [length - 1]
+    embed/i, layer_0/i, layers/i, norm/i [length, embed_dim]
+    meta: a JSON string, versions and what was loaded
 """
 
 from __future__ import annotations
@@ -62,7 +66,7 @@ def find_python() -> str:
     if chosen:
         if not os.access(chosen, os.X_OK):
             raise ReferenceUnavailable(f"{PYTHON_VARIABLE} names {chosen!r}, which is not an executable file")
-        return chosen
+        return str(Path(chosen).absolute())
     if importlib.util.find_spec("torch") is None:
         raise ReferenceUnavailable(
             "comparing with the source implementation needs torch: pip install 'jaxdecode[verify]', or set "
@@ -81,22 +85,28 @@ def run_reference(jobs: list[dict[str, Any]], *, python: str | None = None) -> N
         job_file = Path(folder) / "job.json"
         job_file.write_text(json.dumps({"jobs": jobs}))
         # Another Python must not see our packages, and nothing here may reach for a network.
-        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+        environment = {
+            name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")
+        }
         environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         command = [python or find_python(), str(Path(__file__).resolve()), str(job_file)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         tail = "\n".join(done.stderr.strip().splitlines()[-6:])
-        raise ReferenceUnavailable(f"the reference process {command[0]} ended with code {done.returncode}:\n{tail}")
+        raise ReferenceUnavailable(
+            f"the reference process {command[0]} ended with code {done.returncode}:\n{tail}"
+        )
 
 
-def load_model(source: str | Path, dtype: str = "float32", attention: str = "eager", weights_dtype: str | None = None):
+def load_model(
+    source: str | Path, dtype: str = "float32", attention: str = "eager", weights_dtype: str | None = None
+):
     """A transformers model in evaluation mode, its weights dense in `dtype`: GGUF blocks are unpacked.
 
     Raises:
       ValueError: a weight is missing from the source, or came out in another type.
     """
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     import transformers
 
     source, kwargs = Path(source), {"dtype": getattr(torch, dtype), "attn_implementation": attention}
@@ -105,8 +115,12 @@ def load_model(source: str | Path, dtype: str = "float32", attention: str = "eag
         if hasattr(transformers, "GgufConfig"):  # since 5.x the blocks stay packed unless told otherwise
             kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
     folder = str(source.parent if source.suffix == ".gguf" else source)
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
-    problems = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys") if info.get(name)}
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, **kwargs
+    )
+    problems = {
+        name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys") if info.get(name)
+    }
     if problems:
         raise ValueError(f"transformers did not find its own weights in {source}: {problems}")
     for name, weight in model.state_dict().items():
@@ -125,7 +139,7 @@ def greedy(model, prompt: list[int], max_new_tokens: int):
     Returns:
       (tokens [n] int64, logits [n, vocab_size] float32), torch tensors.
     """
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     ids, cache, tokens, logits = torch.tensor([prompt]), None, [], []
     for _ in range(max_new_tokens):
@@ -143,17 +157,20 @@ def run(job: dict[str, Any]) -> None:
     Raises:
       ValueError: an unknown key, or a source that does not load completely.
     """
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     import transformers
 
     unknown = sorted(set(job) - set(DEFAULTS) - {"source", "output", "prompts"})
     if unknown:
-        raise ValueError(f"a job has no keys {unknown}; it has source, output, prompts, {', '.join(DEFAULTS)}")
+        raise ValueError(
+            f"a job has no keys {unknown}; it has source, output, prompts, {', '.join(DEFAULTS)}"
+        )
     job = DEFAULTS | job
     model = load_model(job["source"], job["dtype"], job["attention"], job["weights_dtype"])
     meta = {
         "torch": torch.__version__, "transformers": transformers.__version__, "model": type(model).__name__,
-        "attention": model.config._attn_implementation, "parameters": sum(p.numel() for p in model.parameters()),
+        "attention": model.config._attn_implementation,
+        "parameters": sum(p.numel() for p in model.parameters()),
         "job": {key: job[key] for key in DEFAULTS if key != "positions"},
     }  # fmt: skip
     if job["weight_hashes"]:
@@ -168,7 +185,7 @@ def run(job: dict[str, Any]) -> None:
 
 def _answer(model, rotary, job, index, prompt):
     """Yields (name, array) of everything the job asks of one prompt."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     sequence = torch.tensor(prompt)
     if job["max_new_tokens"]:
@@ -200,10 +217,17 @@ def _answer(model, rotary, job, index, prompt):
 def _stages(model):
     """Collects the outputs of the embedding, the first and last layer and the final norm while it is open."""
     body, stages, handles = model.model, {}, []
-    watched = {"embed": body.embed_tokens, "layer_0": body.layers[0], "layers": body.layers[-1], "norm": body.norm}
+    watched = {
+        "embed": body.embed_tokens,
+        "layer_0": body.layers[0],
+        "layers": body.layers[-1],
+        "norm": body.norm,
+    }
     for name, module in watched.items():
+
         def keep(_module, _inputs, output, name=name):
             stages[name] = (output[0] if isinstance(output, tuple) else output)[0].float()
+
         handles.append(module.register_forward_hook(keep))
     try:
         yield stages
@@ -221,7 +245,7 @@ def _write(archive: zipfile.ZipFile, name: str, array) -> None:
 
 
 def _sha256(weight) -> str:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     return hashlib.sha256(weight.to(torch.float32).contiguous().numpy().astype("<f4").tobytes()).hexdigest()
 
@@ -235,5 +259,7 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     # Started as a script, our folder comes first on the path and its file names would shadow real packages.
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+    sys.path[:] = [
+        entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent
+    ]
     main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""The packages' layout: who may import whom, what stays unloaded, and no configuration field without a reader."""
+"""The packages' layout: who may import whom, what stays unloaded, no configuration field without a reader."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ import pytest
 from jaxdecode.config import ModelConfig, RopeConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = {"pallas_kernels": set(), "jaxdecode": {"pallas_kernels"}, "convert": {"jaxdecode", "pallas_kernels"}}
+PACKAGES = {
+    "pallas_kernels": set(),
+    "jaxdecode": {"pallas_kernels"},
+    "convert": {"jaxdecode", "pallas_kernels"},
+}
 HEAVY = {"transformers", "torch", "safetensors", "gguf"}
 # jaxdecode.cli runs the converter, but only inside a command that needs it.
 LAZY_CONVERT = "jaxdecode/cli"
@@ -38,7 +42,7 @@ def name_of(file: Path) -> str:
 
 
 def imported(file: Path, *, module_level: bool) -> set[str]:
-    """Top-level names of the packages a file imports; only those run by importing the file, if `module_level`."""
+    """Top-level names a file imports; if `module_level`, only those that importing the file runs."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
@@ -62,7 +66,9 @@ def test_packages_import_one_way(package):
     for file in sources(package):
         lazy = {"convert"} if name_of(file).startswith(LAZY_CONVERT) else set()
         others = set(PACKAGES) - {package} - PACKAGES[package]
-        assert not imported(file, module_level=False) & ((others | {"tests", "benchmarks"}) - lazy), name_of(file)
+        assert not imported(file, module_level=False) & ((others | {"tests", "benchmarks"}) - lazy), name_of(
+            file
+        )
         assert not imported(file, module_level=True) & others, name_of(file)
 
 
@@ -82,15 +88,21 @@ def test_heavy_packages_are_imported_late():
 def test_importing_jaxdecode_loads_nothing_heavy():
     code = "import sys, jaxdecode; print([name for name in sys.argv[1:] if name in sys.modules])"
     heavy = ["transformers", "torch", "orbax", "safetensors", "gguf", "convert", "typer"]
-    done = subprocess.run([sys.executable, "-c", code, *heavy], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *heavy], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
 def test_reference_script_stands_alone():
-    """`hf_reference.py` runs under a Python that has none of our packages, and loads nothing until a job does."""
+    """`hf_reference.py` runs under a Python without our packages, and loads nothing until a job does."""
     file = ROOT / "convert/hf_reference.py"
     assert not imported(file, module_level=True) - set(sys.stdlib_module_names)
-    assert not imported(file, module_level=False) - set(sys.stdlib_module_names) - {"torch", "transformers", "numpy"}
+    assert (
+        not imported(file, module_level=False)
+        - set(sys.stdlib_module_names)
+        - {"torch", "transformers", "numpy"}
+    )
 
 
 @pytest.mark.parametrize("config_type", [ModelConfig, RopeConfig])

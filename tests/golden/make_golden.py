@@ -1,9 +1,9 @@
-"""Make the golden files: what transformers + torch compute for every case of `tiny.py`.
+"""Make the golden files: what transformers + torch compute for every case of `tiny_hf.py`.
 
     PYTHON_WITH_TORCH tests/golden/make_golden.py [CASE …]
 
-Run it with the Python of an environment that has torch, transformers and safetensors; nothing of ours is imported but the
-reference script and the cases. It refuses to write when two variants of one rule cannot be told apart.
+Run it with the Python of an environment that has torch, transformers and safetensors; of ours it imports only
+the reference script and the cases. It fails when two variants of one rule cannot be told apart.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "convert")]
 
 import hf_reference  # noqa: E402
-import tiny  # noqa: E402
+import tiny_hf  # noqa: E402
 
 # A pair that comes out equal would prove nothing about what differs between the two.
 DIFFERENT = [
@@ -51,11 +51,11 @@ EQUAL = [
 
 
 def job(case: str, folder: Path, output: Path) -> dict:
-    config = tiny.CASES[case]
-    source = tiny.write_hf_directory(folder, config)
+    config = tiny_hf.CASES[case]
+    source = tiny_hf.write_hf_directory(folder, config)
     return {
-        "source": str(source), "output": str(output), "prompts": tiny.prompts(config), "forward": "prompt",
-        "max_new_tokens": tiny.NEW_TOKENS, "step_logits": False, "stages": True, "top_k": 1,
+        "source": str(source), "output": str(output), "prompts": tiny_hf.prompts(config), "forward": "prompt",
+        "max_new_tokens": tiny_hf.NEW_TOKENS, "step_logits": False, "stages": True, "top_k": 1,
     }  # fmt: skip
 
 
@@ -67,10 +67,20 @@ def make(cases: list[str]) -> None:
             golden = dict(np.load(output))
             meta = json.loads(str(golden.pop("meta")))
             # tokens as small integers, and what the file can be rebuilt from left out
-            kept = {name: array for name, array in golden.items() if name.split("/")[0] not in ("positions", "top_ids")}
-            kept |= {name: array.astype(np.int16) for name, array in kept.items() if name.startswith("tokens/")}
-            versions = {"transformers": meta["transformers"], "torch": meta["torch"], "attention": meta["attention"]}
-            header = {"config": tiny.CASES[case], **versions}
+            kept = {
+                name: array
+                for name, array in golden.items()
+                if name.split("/")[0] not in ("positions", "top_ids")
+            }
+            kept |= {
+                name: array.astype(np.int16) for name, array in kept.items() if name.startswith("tokens/")
+            }
+            versions = {
+                "transformers": meta["transformers"],
+                "torch": meta["torch"],
+                "attention": meta["attention"],
+            }
+            header = {"config": tiny_hf.CASES[case], **versions}
             np.savez_compressed(HERE / f"{case}.npz", header=np.array(json.dumps(header)), **kept)
 
 
@@ -83,14 +93,14 @@ def check() -> None:
     """Raises AssertionError when variants that must differ agree, or the other way round."""
     for left, right in DIFFERENT:
         print(f"{left:24} {right:28} differ by {difference(left, right):.2e}")
-        assert difference(left, right) > 5 * tiny.TOLERANCE, (left, right)
+        assert difference(left, right) > 5 * tiny_hf.TOLERANCE, (left, right)
     for left, right in EQUAL:
         print(f"{left:24} {right:28} differ by {difference(left, right):.2e}")
         assert difference(left, right) < 1e-6, (left, right)
-    files = [HERE / f"{case}.npz" for case in tiny.CASES]
+    files = [HERE / f"{case}.npz" for case in tiny_hf.CASES]
     print(f"{len(files)} files, {sum(file.stat().st_size for file in files)} bytes")
 
 
 if __name__ == "__main__":
-    make(sys.argv[1:] or list(tiny.CASES))
+    make(sys.argv[1:] or list(tiny_hf.CASES))
     check()

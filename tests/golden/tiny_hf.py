@@ -1,7 +1,7 @@
-"""Random tiny models as Hugging Face would store them: a `config.json` and weights made from their names alone.
+"""Random tiny models as Hugging Face stores them: a `config.json` and weights made from their names alone.
 
-numpy only, so that the environment that makes the golden files and the one that tests against them build the same
-weights: `RandomState` streams never change between numpy versions. The words here are Hugging Face's on purpose.
+numpy only, so that the environment that makes the golden files and the one that tests against them build the
+same weights: `RandomState` streams never change between numpy versions. The words here are Hugging Face's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import numpy as np
 
 PROMPT_LENGTHS = (1, 6, 19)
 NEW_TOKENS = 12
-TOLERANCE = 1e-4  # largest difference of a float32 logit or activation (they are of order 1) from transformers'
+TOLERANCE = (
+    1e-4  # largest difference of a float32 logit or activation (they are of order 1) from transformers'
+)
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -52,7 +54,12 @@ def _llama_rope(max_position: int = 64, **scaling) -> dict:
     return _case("llama", max_position_embeddings=max_position, head_dim=16, **rope)
 
 
-_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+_LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 _WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "num_hidden_layers": 3}
 
@@ -97,7 +104,10 @@ CASES: dict[str, dict] = {
     "rope_yarn_no_truncate": _llama_rope(**_YARN, beta_fast=4.0, beta_slow=1.0, truncate=False),
     "rope_yarn_mscale": _llama_rope(**_YARN, mscale=1.5, mscale_all_dim=0.4),
     "rope_yarn_qwen3": _case(
-        "qwen3", head_dim=16, rope_parameters={**_YARN, "rope_theta": 100.0, "beta_fast": 8.0}, rope_theta=None
+        "qwen3",
+        head_dim=16,
+        rope_parameters={**_YARN, "rope_theta": 100.0, "beta_fast": 8.0},
+        rope_theta=None,
     ),
 }
 for _config in CASES.values():
