@@ -1,4 +1,4 @@
-"""Where compiled programs are kept between runs: JAX's persistent cache, on by default, never against the user."""
+"""JAX's persistent compilation cache: on by default, never against the user's own settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _OFF = ("", "0", "off", "none")
 
 
 def default_cache_dir() -> Path | None:
-    """Where the cache would be put: `$JAXDECODE_CACHE_DIR`, else the user's cache folder; None if switched off."""
+    """Where the cache goes: `$JAXDECODE_CACHE_DIR`, else the user's cache folder; None if switched off."""
     chosen = os.environ.get(VARIABLE)
     if chosen is not None:
         return None if chosen.lower() in _OFF else Path(chosen).expanduser()
@@ -26,13 +26,13 @@ def enable_cache() -> Path | None:
     """Turns on JAX's persistent compilation cache unless the user has decided otherwise.
 
     A folder set through `jax.config` or `JAX_COMPILATION_CACHE_DIR` is left alone, and so is
-    `jax_enable_compilation_cache=False`. `JAXDECODE_CACHE_DIR` moves the default folder; `off` switches it off.
+    `jax_enable_compilation_cache=False`. `JAXDECODE_CACHE_DIR` moves the folder; `off` switches it off.
     Called when a model is loaded and when a command starts, never by an import.
 
     Returns:
       The folder in use, None if there is no cache.
     """
-    if not jax.config.read("jax_enable_compilation_cache"):
+    if not jax.config.jax_enable_compilation_cache:
         return None
     if jax.config.jax_compilation_cache_dir is not None:
         return Path(jax.config.jax_compilation_cache_dir)

@@ -25,7 +25,7 @@ _ready: set[Any] = set()  # shapes whose programs this process has made
 
 @dataclasses.dataclass(kw_only=True)
 class Timing:
-    """Seconds, apart: making the programs ready (compiling, or reading them from the cache), and running them.
+    """Seconds: making the programs ready (compiling them, or reading them from the cache), and running them.
 
     Attributes:
       compile_seconds: tracing and compiling; next to nothing once the shapes have been seen.
@@ -109,9 +109,8 @@ class Run:
         self._limits = np.zeros((self._buckets.batch,), np.int32)
         self._limits[: self._rows] = max_new_tokens
         padded = np.zeros((self._buckets.batch, 2), np.uint32)
-        padded[: self._rows] = np.asarray(seeds) & 0xFFFFFFFF
+        padded[: self._rows] = [(seed % 2**32, sample) for seed, sample in seeds]
         self._keys = _row_keys(padded[:, 0], padded[:, 1])
-        self._output = generation.Generation(*(np.zeros(()) for _ in range(4)))
 
     def rounds(self, chunk: int) -> Iterator[list[list[int]]]:
         """Yields each row's new tokens: one after the prompt, then up to `chunk` at a time."""
@@ -125,13 +124,14 @@ class Run:
             if not self._running().any():
                 return
             started = time.perf_counter()
-            state = self._decode(dataclasses.replace(state, limits=jnp.asarray(self._limits)), chunk)
+            state = self._decode(dataclasses.replace(state, limits=jnp.array(self._limits)), chunk)
             seen, fresh = self._read(state, seen)
             self.timing.decode_seconds += time.perf_counter() - started
             self.timing.decoded_tokens += sum(map(len, fresh))
 
     def stop_rows(self, stopped: Sequence[bool]) -> None:
         """Ends rows between two rounds."""
+        self._limits = self._limits.copy()  # JAX may still be reading the old ones
         self._limits[: self._rows][np.asarray(stopped)] = 0
 
     def logprobs(self, row: int, count: int) -> list[float]:
@@ -139,7 +139,7 @@ class Run:
         return [float(x) for x in self._output.logprobs[row, :count]]
 
     def _running(self) -> np.ndarray:
-        return ~self._output.finished & (self._output.lengths < self._limits)
+        return ~np.asarray(self._output.finished) & (np.asarray(self._output.lengths) < self._limits)
 
     def _prefill(self, tokens: np.ndarray, lengths: np.ndarray, limits: np.ndarray) -> DecodeState:
         return generation.jit_prefill(

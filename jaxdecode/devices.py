@@ -19,7 +19,7 @@ def describe_backend() -> Backend:
     """The backend JAX chose and why."""
     device = jax.devices()[0]
     if device.platform == "cpu":
-        forced = jax.config.read("jax_platforms")
+        forced = jax.config.jax_platforms
         why = f"JAX_PLATFORMS={forced} asks for it" if forced else "JAX found no GPU"
         return Backend("cpu", f"Running on the CPU: {why}.")
     return Backend(device.platform, f"Running on {device.device_kind}.")

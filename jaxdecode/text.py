@@ -1,14 +1,13 @@
 """The text layer: a model with its tokenizer; prompts in, completions out.
 
-Prompts are padded to few shapes (see `Buckets`), so another prompt, temperature, seed or set of weights compiles
-nothing. Stop strings are matched here, on the host, the same way for `generate` and `stream`.
+Prompts are padded to few shapes (see `decoding.Buckets`), so another prompt, temperature, seed or set
+of weights compiles nothing. Stop strings are matched here, on the host, alike for `generate` and `stream`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -225,8 +224,8 @@ class LanguageModel:
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
             raise ValueError(
-                "this checkpoint has no tokenizer: convert it again from a source that has one, or pass token "
-                "ids to jaxdecode.generate"
+                "this checkpoint has no tokenizer: convert it again from a source that has one, or pass "
+                "token ids to jaxdecode.generate"
             )
         return self.tokenizer
 
@@ -256,7 +255,9 @@ def _check_checkpoint(path: Path) -> None:
     if path.suffix == ".gguf" or (path / "config.json").exists():
         kind = "a GGUF file" if path.suffix == ".gguf" else "a Hugging Face checkpoint"
         target = path.with_name(f"{path.stem if path.suffix == '.gguf' else path.resolve().name}-jax")
-        raise ValueError(f"{path} is {kind}; convert it once: `jaxdecode convert {path} {target}`, load {target}")
+        raise ValueError(
+            f"{path} is {kind}; convert it once: `jaxdecode convert {path} {target}`, load {target}"
+        )
     if not path.is_dir() or not (path / "manifest").exists():
         raise ValueError(f"{path} is no jaxdecode checkpoint (no manifest); `jaxdecode convert` makes one")
 

@@ -9,8 +9,8 @@ from typing import Any
 
 Message = Mapping[str, str]  # {"role": "user", "content": "…"}
 
-# How many tokens of the prompt are decoded together with the first new one: what a token looks like may depend
-# on its neighbours (a leading space, a character spread over several tokens).
+# How many tokens of the prompt are decoded together with the first new one: what a token looks like may
+# depend on its neighbours (a leading space, a character spread over several tokens).
 _CONTEXT = 6
 _PATIENCE = 16  # tokens after which bytes that still form no character are shown as they are
 
@@ -19,7 +19,9 @@ def load_tokenizer(folder: Path) -> Any | None:
     """The transformers tokenizer saved in a folder, None if the folder does not exist."""
     if not folder.is_dir():
         return None
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": it is not needed
+    os.environ.setdefault(
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
+    )  # "PyTorch was not found": it is not needed
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -56,8 +58,8 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
 class TextBuilder:
     """Turns one row's tokens into text as they come.
 
-    Never gives out part of a character, nor text that may turn out to begin a stop string. What it has given out,
-    joined, is the text: the pieces depend on when `feed` is called, the sum does not.
+    Never gives out part of a character, nor text that may turn out to begin a stop string. A character that
+    the last token leaves incomplete is dropped.
 
     Attributes:
       text: everything given out so far.

@@ -13,6 +13,7 @@ from rich.console import Console
 import jaxdecode
 from jaxdecode.checkpoint import load_manifest
 from jaxdecode.cli.options import open_model, timing_line
+from jaxdecode.cli.progress import transfer
 
 notes = Console(stderr=True, highlight=False)
 
@@ -36,20 +37,11 @@ def convert_once() -> None:
     if _is_current():
         return
     shutil.rmtree(smollm2.CHECKPOINT, ignore_errors=True)
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
     from convert import convert
 
-    columns = (TextColumn("Converting {task.fields[item]}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=notes, transient=True) as progress:
-        task = progress.add_task("", item="")
+    with transfer(notes, "converting") as advance:
         # float32: on a CPU without bfloat16 instructions it decodes fastest.
-        convert(
-            smollm2.GGUF,
-            smollm2.CHECKPOINT,
-            dtype="float32",
-            progress=lambda done, total, item: progress.update(task, completed=done, total=total, item=item),
-        )
+        convert(smollm2.GGUF, smollm2.CHECKPOINT, dtype="float32", progress=advance)
     notes.print(f"Converted {smollm2.GGUF.name} to {smollm2.CHECKPOINT}.")
 
 

