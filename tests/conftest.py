@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# Read when JAX is first imported, so set before any test module is. Most of a test's time is LLVM's: the programs are
-# those that users run, only the machine code inside each is not optimised.
+# Read when JAX is first imported, so set before any test module is. Most of a test's time is LLVM's: the programs
+# are those that users run, only the machine code inside each is not optimised.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
     [

@@ -173,6 +173,6 @@ def test_a_layer_is_traced_once_for_all_layers(model, monkeypatch):
     state = jax.eval_shape(
         lambda: generation.prefill(params, config, *prompts([20]), KEY, max_new_tokens=2)
     )
-    assert config.num_layers == 3 and len(calls) == 1  # one chunk size
+    assert config.num_layers == 2 and len(calls) == 1  # one chunk size
     jax.eval_shape(lambda state: generation.decode_step(params, config, state), state)
     assert len(calls) == 2

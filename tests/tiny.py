@@ -13,7 +13,7 @@ def tiny_config(**changes) -> ModelConfig:
         vocab_size=96,
         embed_dim=32,
         mlp_dim=48,
-        num_layers=3,
+        num_layers=2,
         num_heads=4,
         num_kv_heads=2,
         head_dim=8,
