@@ -62,7 +62,14 @@ def step(params: Params, config: ModelConfig, cache: KVCache, tokens: Array) -> 
     x, keys, values = model.embed(tokens), [], []
     for index, layer in enumerate(params["layers"]):
         x, layer_keys, layer_values = _step_layer(
-            config, config.window(index), layer, x, rope, cache.keys[index], cache.values[index], cache.lengths
+            config,
+            config.window(index),
+            layer,
+            x,
+            rope,
+            cache.keys[index],
+            cache.values[index],
+            cache.lengths,
         )
         keys.append(layer_keys)
         values.append(layer_values)
@@ -76,7 +83,14 @@ def logits(params: Params, config: ModelConfig, x: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _extend_layer(
-    config: ModelConfig, window: int | None, params: Any, x: Array, rope: Rope, keys: Array, values: Array, start: Array
+    config: ModelConfig,
+    window: int | None,
+    params: Any,
+    x: Array,
+    rope: Rope,
+    keys: Array,
+    values: Array,
+    start: Array,
 ) -> tuple[Array, Array, Array]:
     def attend(query: Array, key: Array, value: Array) -> Array:
         nonlocal keys, values
@@ -90,7 +104,14 @@ def _extend_layer(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _step_layer(
-    config: ModelConfig, window: int | None, params: Any, x: Array, rope: Rope, keys: Array, values: Array, lengths: Array
+    config: ModelConfig,
+    window: int | None,
+    params: Any,
+    x: Array,
+    rope: Rope,
+    keys: Array,
+    values: Array,
+    lengths: Array,
 ) -> tuple[Array, Array, Array]:
     def attend(query: Array, key: Array, value: Array) -> Array:
         nonlocal keys, values

@@ -31,8 +31,8 @@ def foldable(run):
             return out, jax.tree.map(lambda _: True, out)
 
         folded = [
-            (row if is_mapped else jnp.broadcast_to(row, (axis_size, *row.shape))) for row, is_mapped in
-            zip(rows, mapped[2:6], strict=True)
+            (row if is_mapped else jnp.broadcast_to(row, (axis_size, *row.shape)))
+            for row, is_mapped in zip(rows, mapped[2:6], strict=True)
         ]
         batch = folded[0].shape[1]
         folded = [row.reshape(axis_size * batch, *row.shape[2:]) for row in folded]
@@ -51,7 +51,9 @@ def _one_by_one(run, mapped, arguments):
 
     def one(mapped_leaves):
         rest = iter(mapped_leaves)
-        return run(*structure.unflatten([next(rest) if flag else leaf for leaf, flag in zip(leaves, flags)]))
+        return run(
+            *structure.unflatten([next(rest) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)])
+        )
 
     return lax.map(one, [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag])
 

@@ -23,7 +23,10 @@ from jaxdecode.fold import foldable, match_varying
 from jaxdecode.models import Params
 from jaxdecode.sampling import Greedy
 
-PREFILL_CHUNKS = (256, 32)  # tokens a row: big ones amortise reading the weights, small ones bound the padding
+PREFILL_CHUNKS = (
+    256,
+    32,
+)  # tokens a row: big ones amortise reading the weights, small ones bound the padding
 
 
 class Generation(NamedTuple):
@@ -229,7 +232,14 @@ def decode(
 
 
 def stream(
-    params: Params, config: ModelConfig, tokens: Array, lengths: Array, key: Array, *, sampler: Any = Greedy(), **options
+    params: Params,
+    config: ModelConfig,
+    tokens: Array,
+    lengths: Array,
+    key: Array,
+    *,
+    sampler: Any = Greedy(),
+    **options,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yields the tokens of `generate` as they come; arguments as for `generate`.
 
@@ -292,7 +302,7 @@ def score(params: Params, config: ModelConfig, tokens: Array, lengths: Array) ->
 def read_prompt(
     params: Params, config: ModelConfig, tokens: Array, lengths: Array, max_len: int
 ) -> tuple[Array, KVCache]:
-    """Fills a new cache of at least `max_len` slots; returns each row's last output [batch, embed_dim] and the cache."""
+    """Fills a new cache of `max_len` slots or more; returns each row's last output [batch, embed_dim] and the cache."""
     sizes = prefill_chunks(tokens.shape[1], PREFILL_CHUNKS)
     tokens = _pad_to_multiple(tokens, min(sizes))
     rows = jnp.arange(tokens.shape[0])
@@ -356,8 +366,9 @@ def _check_prompt(tokens: Array, lengths: Array, max_new_tokens: int, max_len: i
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
     if max_len is not None and max_len < prompt_len + max_new_tokens:
-        raise ValueError(f"max_len must be at least prompt_len + max_new_tokens = {prompt_len} + {max_new_tokens}; "
-                         f"got {max_len}")
+        raise ValueError(
+            f"max_len must be at least prompt_len + max_new_tokens = {prompt_len} + {max_new_tokens}; got {max_len}"
+        )
     return batch
 
 

@@ -49,9 +49,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
         heads = config.num_heads + 2 * config.num_kv_heads
-        self.qkv = Linear(
-            config.embed_dim, heads * config.head_dim, bias=config.qkv_bias, dtype=dtype, rngs=rngs
-        )
+        self.qkv = Linear(config.embed_dim, heads * config.head_dim, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
         self.out = Linear(
             config.num_heads * config.head_dim, config.embed_dim, bias=config.out_bias, dtype=dtype, rngs=rngs
         )

@@ -26,7 +26,9 @@ def choose_implementation(op: str, platform: str | None = None) -> Choice:
     return Choice("xla", f"rule: {op} on {platform} runs as XLA's own code; no hand-written kernel for it yet")
 
 
-def find_implementation(op: str, implementation: str | None, table: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
+def find_implementation(
+    op: str, implementation: str | None, table: dict[str, Callable[..., Any]]
+) -> Callable[..., Any]:
     """The callable behind `implementation=`; None applies `choose_implementation`.
 
     Raises:

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.tiny import prompts, tiny_config, tiny_model
 
 from jaxdecode import generation, sampling
 from jaxdecode.engine import step
 from jaxdecode.generation import Generation, jit_generate, read_prompt, score, stream
 from jaxdecode.models import build, init_params
+from tests.tiny import prompts, tiny_config, tiny_model
 
 KEY = jax.random.key(7)
 DRAW = sampling.sampler(temperature=0.9, top_k=20, top_p=0.95)
@@ -93,7 +93,9 @@ def test_padding_room_and_neighbours_never_change_a_row(model):
     wider = jnp.where(jnp.arange(70) < lengths[:, None], jnp.pad(tokens, ((0, 0), (0, 30))), wider)
     same(out, jit_generate(params, config, wider, lengths, keys, max_len=900, **options))
     for row in range(4):
-        alone = jit_generate(params, config, tokens[row : row + 1], lengths[row : row + 1], keys[row : row + 1], **options)
+        alone = jit_generate(
+            params, config, tokens[row : row + 1], lengths[row : row + 1], keys[row : row + 1], **options
+        )
         same(jax.tree.map(lambda x, row=row: x[row : row + 1], out), alone)
 
 
@@ -102,7 +104,9 @@ def test_a_finished_row_stays_finished(model):
     tokens, lengths = prompts(LENGTHS)
     free = jit_generate(params, config, tokens, lengths, KEY, max_new_tokens=12, pad_token_id=5)
     end = int(free.tokens[2, 4])
-    out = jit_generate(params, config, tokens, lengths, KEY, max_new_tokens=12, pad_token_id=5, eos_token_ids=[end, 999])
+    out = jit_generate(
+        params, config, tokens, lengths, KEY, max_new_tokens=12, pad_token_id=5, eos_token_ids=[end, 999]
+    )
     for row in range(4):
         hits = np.flatnonzero(free.tokens[row] == end)
         n = hits[0] + 1 if len(hits) else 12

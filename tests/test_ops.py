@@ -38,7 +38,13 @@ def attention_by_hand(query, keys, values, positions, scale, window):
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize(
     ("q_len", "max_len", "start", "window", "q_per_kv"),
-    [(1, 16, 9, None, 1), (5, 16, 11, None, 4), (7, 700, 600, None, 2), (7, 1100, 1000, 40, 3), (3, 515, 0, 2, 2)],
+    [
+        (1, 16, 9, None, 1),
+        (5, 16, 11, None, 4),
+        (7, 700, 600, None, 2),
+        (7, 1100, 1000, 40, 3),
+        (3, 515, 0, 2, 2),
+    ],
 )
 def test_prefill_attention_is_the_softmax_over_visible_slots(
     implementation, dtype, q_len, max_len, start, window, q_per_kv
@@ -70,7 +76,11 @@ def test_decode_attention_ignores_unused_slots_even_nan(implementation, window, 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize("m", [(), (1,), (8,), (2, 5)])
 def test_linear(implementation, dtype, m):
-    x, weight, bias = normal(0, *m, 64, dtype=dtype), normal(1, 24, 64, dtype=dtype), normal(2, 24, dtype=dtype)
+    x, weight, bias = (
+        normal(0, *m, 64, dtype=dtype),
+        normal(1, 24, 64, dtype=dtype),
+        normal(2, 24, dtype=dtype),
+    )
     residual = normal(3, *m, 24, dtype=dtype)
     out = linear(x, weight, bias, residual=residual, implementation=implementation)
     wide = [np.asarray(part, np.float64) for part in (x, weight, bias, residual)]

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tests.test_generation import DRAW, KEY, same
-from tests.tiny import prompts, tiny_model
 
 from jaxdecode import engine, generation, sampling
 from jaxdecode.generation import generate, jit_decode, jit_generate, jit_prefill, jit_score
+from tests.test_generation import DRAW, KEY, same
+from tests.tiny import prompts, tiny_model
 
 LENGTHS = [1, 40, 33, 17, 9, 21, 40, 2]
 
@@ -170,9 +170,7 @@ def test_a_layer_is_traced_once_for_all_layers(model, monkeypatch):
     bind = engine.bind_layer
     monkeypatch.setattr(engine, "bind_layer", lambda *arguments: calls.append(1) or bind(*arguments))
     jax.clear_caches()
-    state = jax.eval_shape(
-        lambda: generation.prefill(params, config, *prompts([20]), KEY, max_new_tokens=2)
-    )
+    state = jax.eval_shape(lambda: generation.prefill(params, config, *prompts([20]), KEY, max_new_tokens=2))
     assert config.num_layers == 2 and len(calls) == 1  # one chunk size
     jax.eval_shape(lambda state: generation.decode_step(params, config, state), state)
     assert len(calls) == 2

@@ -18,7 +18,16 @@ from jaxdecode.models.mistral import Mistral
 from jaxdecode.models.qwen2 import Qwen2
 from jaxdecode.models.qwen3 import Qwen3
 
-__all__ = ["MODELS", "Decoder", "Params", "abstract_params", "bind_layer", "bind_model", "build", "init_params"]
+__all__ = [
+    "MODELS",
+    "Decoder",
+    "Params",
+    "abstract_params",
+    "bind_layer",
+    "bind_model",
+    "build",
+    "init_params",
+]
 
 MODELS: dict[str, type[Decoder]] = {"llama": Llama, "mistral": Mistral, "qwen2": Qwen2, "qwen3": Qwen3}
 
@@ -62,5 +71,7 @@ def _create(config: ModelConfig, dtype: DTypeLike, key: Array | int = 0) -> Deco
 
 def _row(config: ModelConfig) -> type[Decoder]:
     if config.model_type not in MODELS:
-        raise NotImplementedError(f"no model for model_type {config.model_type!r}; there are {', '.join(sorted(MODELS))}")
+        raise NotImplementedError(
+            f"no model for model_type {config.model_type!r}; there are {', '.join(sorted(MODELS))}"
+        )
     return MODELS[config.model_type]

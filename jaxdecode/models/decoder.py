@@ -40,9 +40,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.embed = Embedding(config.vocab_size, config.embed_dim, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List(
-            [self.layer_type(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]
-        )
+        self.layers = nnx.List([self.layer_type(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=dtype)
         if not config.tied_embeddings:
             self.head = Linear(config.embed_dim, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)

@@ -37,8 +37,10 @@ def prefill_attention(
     """
     batch, q_len, num_heads, head_dim = query.shape
     if keys.shape != values.shape or keys.shape[0] != batch or keys.shape[3] != head_dim:
-        raise ValueError(f"keys and values must be [{batch=}, num_kv_heads, max_len, {head_dim=}]; got {keys.shape} "
-                         f"and {values.shape}")
+        raise ValueError(
+            f"keys and values must be [{batch=}, num_kv_heads, max_len, {head_dim=}]; got {keys.shape} "
+            f"and {values.shape}"
+        )
     if num_heads % keys.shape[1]:
         raise ValueError(f"num_heads must be a multiple of num_kv_heads; got {num_heads} and {keys.shape[1]}")
     if positions.shape != (batch, q_len):
