@@ -109,14 +109,19 @@ def _prepare(src: str | Path, dst: Path, dtype: str | None) -> tuple[Source, Mod
         problems += source.problems
         config = parse_config(source.config, source.generation_config)
     except ConversionError as error:
-        raise ConversionError(problems + error.problems, f"cannot convert {src}") from error
+        raise _refusal(src, problems + error.problems) from error
     plan, found = make_plan(source, config, find_family(source.config), dtype)
     problems += found
     if not problems:
         problems += _no_room(plan, dst)
     if problems:
-        raise ConversionError(problems, f"cannot convert {src}")
+        raise _refusal(src, problems)
     return source, config, plan
+
+
+def _refusal(src: str | Path, problems: list[str]) -> ConversionError:
+    named = len(problems) == 1 and str(src) in problems[0]
+    return ConversionError(problems, "cannot convert" if named else f"cannot convert {src}")
 
 
 def _write(writer: CheckpointWriter, source: Source, plan: Plan, progress: Progress | None) -> None:
@@ -154,11 +159,7 @@ def _no_room(plan: Plan, dst: Path) -> list[str]:
     free, needed = shutil.disk_usage(parent).free, plan.disk_bytes - written
     if not os.access(parent, os.W_OK):
         return [f"{parent} is not writable"]
-    return (
-        [f"not enough disk: {dst} needs {needed:,} bytes, {parent} has {free:,} free"]
-        if needed > free
-        else []
-    )
+    return [f"not enough disk: {dst} needs {needed:,} bytes, {parent} has {free:,} free"] if needed > free else []
 
 
 def _describe(src: str | Path, dst: Path, source: Source, config: ModelConfig, plan: Plan) -> Conversion:
@@ -177,7 +178,7 @@ def _describe(src: str | Path, dst: Path, source: Source, config: ModelConfig, p
 
 
 def _anonymous_bytes() -> int:
-    """Memory of this process that is not backed by a file; mapped weights are the page cache's and can be dropped."""
+    """Memory of this process that no file backs; mapped weights belong to the page cache."""
     try:
         rows = Path("/proc/self/status").read_text().splitlines()
     except FileNotFoundError:  # not Linux

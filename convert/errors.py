@@ -18,6 +18,4 @@ class ConversionError(ValueError):
         if len(lines) == 1:
             super().__init__(f"{subject}: {lines[0]}")
         else:
-            super().__init__(
-                f"{subject}: {len(self.problems)} problems\n" + "\n".join(f"  - {line}" for line in lines)
-            )
+            super().__init__(f"{subject}: {len(self.problems)} problems\n" + "\n".join(f"  - {line}" for line in lines))

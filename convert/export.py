@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def export(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Path:
-    """Write config.json, safetensors, generation_config.json and the tokenizer; OUTDIR appears whole or not at all.
+    """Write a directory that transformers loads; OUTDIR appears whole or not at all.
 
     Args:
       dtype: cast the weights; None keeps them bit for bit.
@@ -40,7 +41,8 @@ def export(
       progress: called with (bytes done, bytes in all, file).
 
     Raises:
-      ConversionError: not a checkpoint, damaged, an existing OUTDIR, no room, or a config Hugging Face cannot express.
+      ConversionError: not a checkpoint, damaged, an existing OUTDIR, no room, or a config that a config.json
+        cannot express.
     """
     checkpoint, outdir = Path(checkpoint), Path(outdir)
     if dtype is not None and dtype not in DTYPES:
@@ -54,13 +56,11 @@ def export(
         raise ConversionError(str(error), "cannot export") from error
     stored = dtype or manifest["dtype"]
     hf_config = to_hf_config(config, stored)
-    pieces = {
-        name: piece for ours, view in views.items() for name, piece in _split(config, ours, view).items()
-    }
+    pieces = {name: piece for ours, view in views.items() for name, piece in _split(config, ours, view).items()}
     _check_room(pieces, dtype, outdir)
-    scratch = outdir.parent / f"{outdir.name}.partial"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    outdir.absolute().parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{outdir.name}.", dir=outdir.absolute().parent))
+    scratch.chmod(0o755)  # mkdtemp's own is private
     try:
         _write_weights(scratch, pieces, dtype, shard_bytes, progress)
         _write_json(scratch / "config.json", hf_config)
@@ -117,11 +117,7 @@ def _write_weights(
     done, total = 0, sum(_size(piece, dtype) for piece in pieces.values())
     weight_map: dict[str, str] = {}
     for index, shard in enumerate(shards):
-        file = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        )
+        file = "model.safetensors" if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(shard, file)
         for written in _write_shard(folder / file, shard, dtype):
             done += written
@@ -144,9 +140,7 @@ def _write_shard(path: Path, shard: _Pieces, dtype: str | None) -> Iterator[int]
             piece = shard[name]
             step = max(1, CHUNK_BYTES // max(1, piece[:1].nbytes))
             for start in range(0, piece.shape[0], step):
-                chunk = np.ascontiguousarray(piece[start : start + step]).astype(
-                    numpy_dtype(entry.dtype), copy=False
-                )
+                chunk = np.ascontiguousarray(piece[start : start + step]).astype(numpy_dtype(entry.dtype), copy=False)
                 file.write(chunk.reshape(-1).view(np.uint8).data)
                 yield chunk.nbytes
         file.flush()

@@ -10,7 +10,7 @@ from jaxdecode.config import ModelConfig
 
 
 class Fields:
-    """A `config.json` read with types checked; what is wrong goes into `problems`, a usable value comes back."""
+    """A `config.json` with types checked: what is wrong goes into `problems`, a usable value comes back."""
 
     def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any], problems: list[str]):
         self.config, self.defaults, self.problems = config, defaults, problems
@@ -75,7 +75,7 @@ class Family:
     to_hf: Callable[[ModelConfig], dict[str, Any]]
 
     def sources(self, target: str) -> list[str]:
-        """Hugging Face names of the tensors whose rows make one of our tensors ("layers.3.mlp.gate_up.weight")."""
+        """Names of the source tensors whose rows make one of ours ("layers.3.mlp.gate_up.weight")."""
         module, _, suffix = target.rpartition(".")
         if not module.startswith("layers."):
             return [f"{self.model[module]}.{suffix}"]

@@ -22,7 +22,7 @@ _MAX_DIMENSIONS = 4  # ggml's own limit
 
 @dataclasses.dataclass(frozen=True)
 class GgufTensor:
-    """One tensor: `rows` is [rows, bytes per row] uint8 over the mapped file, `shape` the logical one, rows first."""
+    """One tensor: `rows` is [rows, bytes per row] uint8 in the mapped file; `shape` has rows first."""
 
     name: str
     type_name: str
@@ -64,9 +64,7 @@ def read_gguf(path: Path) -> GgufFile:
     table = [cursor.tensor_info() for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment <= 0 or alignment % 8:
-        raise ConversionError(
-            f"{path}: general.alignment must be a positive multiple of 8; got {alignment!r}"
-        )
+        raise ConversionError(f"{path}: general.alignment must be a positive multiple of 8; got {alignment!r}")
     data_start = -(-cursor.position // alignment) * alignment
     tensors: dict[str, GgufTensor] = {}
     problems: list[str] = []
@@ -83,9 +81,7 @@ def read_gguf(path: Path) -> GgufFile:
     return GgufFile(metadata, tensors)
 
 
-def _tensor(
-    path: Path, data: np.ndarray, name: str, shape: tuple[int, ...], type_code: int, start: int
-) -> GgufTensor:
+def _tensor(path: Path, data: np.ndarray, name: str, shape: tuple[int, ...], type_code: int, start: int) -> GgufTensor:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:
@@ -95,15 +91,12 @@ def _tensor(
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if not shape or 0 in shape or shape[-1] % block:
         raise ConversionError(
-            f"{path}: tensor {name} of type {kind.name} has shape {list(shape)}: rows must be whole blocks "
-            f"of {block}"
+            f"{path}: tensor {name} of type {kind.name} has shape {list(shape)}: rows must be whole blocks of {block}"
         )
     row_bytes = shape[-1] // block * block_bytes
     size = math.prod(shape[:-1]) * row_bytes
     if start + size > len(data):
-        raise ConversionError(
-            f"{path}: truncated: tensor {name} ends at byte {start + size}, the file has {len(data)}"
-        )
+        raise ConversionError(f"{path}: truncated: tensor {name} ends at byte {start + size}, the file has {len(data)}")
     return GgufTensor(name, kind.name, shape, data[start : start + size].reshape(-1, row_bytes))
 
 
@@ -116,8 +109,7 @@ class _Cursor:
     def take(self, size: int) -> bytes:
         if size > len(self.data) - self.position:
             raise ConversionError(
-                f"{self.path}: truncated: {size} bytes wanted at byte {self.position}, the file has "
-                f"{len(self.data)}"
+                f"{self.path}: truncated: {size} bytes wanted at byte {self.position}, the file has {len(self.data)}"
             )
         self.position += size
         return self.data[self.position - size : self.position].tobytes()

@@ -1,4 +1,4 @@
-"""A GGUF file seen as a Hugging Face checkpoint: its metadata as config.json, its tensors under their original names."""
+"""A GGUF file seen as a Hugging Face checkpoint: metadata as config.json, tensors under their first names."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ _LAYER = {
     "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
+_TEXT = ("rope.scaling.type",)  # the only metadata read here that is not one number
 _DENSE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _LLAMA3_ORIGINAL_LENGTHS = (8192, 4096, 16384, 32768, 2048, 65536, 131072)
 
@@ -36,7 +37,7 @@ def open_gguf(path: Path) -> Source:
 
     file = read_gguf(path)
     metadata, tensors = file.metadata, dict(file.tensors)
-    if metadata.get("split.count", 0) > 1:
+    if metadata.get("split.count") not in (None, 0, 1):
         raise ConversionError(
             f"{path} is one of {metadata['split.count']} parts; merge them first: "
             f"llama-gguf-split --merge {path.name} MERGED.gguf"
@@ -54,9 +55,7 @@ def open_gguf(path: Path) -> Source:
     named = {}
     for tensor in tensors.values():
         name = _hf_name(tensor.name)
-        read = _rows(
-            tensor, config["head_dim"] if unpermute and re.search(r"\.attn_[qk]\.", tensor.name) else None
-        )
+        read = _rows(tensor, config["head_dim"] if unpermute and re.search(r"\.attn_[qk]\.", tensor.name) else None)
         named[name] = SourceTensor(
             name=name,
             stored=tensor.type_name,
@@ -77,9 +76,7 @@ def open_gguf(path: Path) -> Source:
     )
 
 
-def _config(
-    path: Path, metadata: dict[str, Any], architecture: str, tensors: dict[str, GgufTensor]
-) -> dict[str, Any]:
+def _config(path: Path, metadata: dict[str, Any], architecture: str, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
     """What config.json said before the model became a GGUF file."""
     needed = [
         "block_count",
@@ -90,21 +87,20 @@ def _config(
         "attention.layer_norm_rms_epsilon",
     ]
     missing = [
-        f"{path}: metadata lacks {architecture}.{key}"
-        for key in needed
-        if f"{architecture}.{key}" not in metadata
+        f"{path}: metadata lacks {architecture}.{key}" for key in needed if f"{architecture}.{key}" not in metadata
     ]
     if missing:
         raise ConversionError(missing)
 
     def get(key: str, default: Any = None) -> Any:
-        return metadata.get(f"{architecture}.{key}", default)
+        value = metadata.get(f"{architecture}.{key}", default)
+        if (value is not None and isinstance(value, str) != (key in _TEXT)) or isinstance(value, list | bool):
+            raise ConversionError(f"{path}: {architecture}.{key} has the wrong type: {value!r:.80}")
+        return value
 
     heads = get("attention.head_count")
-    if not isinstance(heads, int) or heads <= 0:
-        raise ConversionError(
-            f"{path}: {architecture}.attention.head_count must be one positive number; got {heads!r:.80}"
-        )
+    if heads <= 0:
+        raise ConversionError(f"{path}: {architecture}.attention.head_count must be positive; got {heads}")
     head_dim = get("attention.key_length") or get("embedding_length") // heads
     embed = tensors.get("token_embd.weight")
     window = get("attention.sliding_window")
@@ -126,9 +122,7 @@ def _config(
     if get("rope.dimension_count", head_dim) != head_dim:
         config["partial_rotary_factor"] = get("rope.dimension_count") / head_dim
     if get("expert_count"):
-        raise ConversionError(
-            f"{path} is a mixture of {get('expert_count')} experts; only dense models are supported"
-        )
+        raise ConversionError(f"{path} is a mixture of {get('expert_count')} experts; only dense models are supported")
     return config
 
 
@@ -176,9 +170,7 @@ def _rope_from_factors(path: Path, config: dict[str, Any], factors: np.ndarray) 
     for original in _LLAMA3_ORIGINAL_LENGTHS:
         smooth = (original / wavelengths - 1.0) / (4.0 - 1.0)
         expected = 1.0 / ((1 - smooth) / factor + smooth)
-        expected = np.where(
-            wavelengths < original / 4.0, 1.0, np.where(wavelengths > original, factor, expected)
-        )
+        expected = np.where(wavelengths < original / 4.0, 1.0, np.where(wavelengths > original, factor, expected))
         if factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-3):
             scaling = {
                 "rope_type": "llama3",
@@ -203,7 +195,7 @@ def _hf_name(name: str) -> str:
 
 
 def _rows(tensor: GgufTensor, head_dim: int | None = None) -> Read:
-    """Reader of dense rows; with `head_dim`, rows go back to the half-split order from llama.cpp's interleaved one.
+    """Reader of dense rows; with `head_dim`, from llama.cpp's interleaved order back to half-split.
 
     A one-dimensional tensor is one row of blocks in the file; its "rows" are its elements.
     """

@@ -12,9 +12,7 @@ from convert.family import Family, Fields
 from convert.rope import parse_rope, rope_to_hf
 from jaxdecode.config import ModelConfig
 
-FAMILIES: dict[str, Family] = {
-    table.FAMILY.model_type: table.FAMILY for table in (llama, mistral, qwen2, qwen3)
-}
+FAMILIES: dict[str, Family] = {table.FAMILY.model_type: table.FAMILY for table in (llama, mistral, qwen2, qwen3)}
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
@@ -33,9 +31,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
         return FAMILIES[model_type]
     supported = f"supported are {', '.join(FAMILIES)}"
     if not isinstance(model_type, str):
-        raise ConversionError(
-            f"config.json: model_type must be a string; it is {model_type!r:.80}; {supported}"
-        )
+        raise ConversionError(f"config.json: model_type must be a string; it is {model_type!r:.80}; {supported}")
     nearest = difflib.get_close_matches(model_type.lower(), FAMILIES, n=1, cutoff=0.5)
     hint = f"; the nearest is {nearest[0]}" if nearest else ""
     raise ConversionError(f"config.json: unknown model_type {model_type!r:.80}; {supported}{hint}")
@@ -137,9 +133,7 @@ def _activation(config: Mapping[str, Any], problems: list[str]) -> str:
     return ACTIVATIONS[name]
 
 
-def _eos_token_ids(
-    generation: Mapping[str, Any], config: Mapping[str, Any], problems: list[str]
-) -> tuple[int, ...]:
+def _eos_token_ids(generation: Mapping[str, Any], config: Mapping[str, Any], problems: list[str]) -> tuple[int, ...]:
     """Every end-of-sequence token that either file names, generation_config.json's first."""
     ids: dict[int, None] = {}
     for file, fields in (("generation_config.json", generation), ("config.json", config)):
@@ -148,9 +142,7 @@ def _eos_token_ids(
             if isinstance(token, int) and not isinstance(token, bool) and token >= 0:
                 ids[token] = None
             else:
-                problems.append(
-                    f"{file}: eos_token_id must be a token or a list of tokens; it is {value!r:.80}"
-                )
+                problems.append(f"{file}: eos_token_id must be a token or a list of tokens; it is {value!r:.80}")
     return tuple(ids)
 
 

@@ -1,4 +1,4 @@
-"""A Hugging Face model directory: config.json, weights in one file or in shards with an index, tokenizer files."""
+"""A Hugging Face model directory: config.json, weights in one file or in indexed shards, tokenizer files."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ def open_directory(path: Path) -> Source:
     problems: list[str] = []
     config = _required_config(path)
     generation = (
-        read_json(path / "generation_config.json", problems)
-        if (path / "generation_config.json").exists()
-        else {}
+        read_json(path / "generation_config.json", problems) if (path / "generation_config.json").exists() else {}
     )
     chosen = next((name for name in WEIGHT_FILES if (path / name).exists()), None)
     if chosen is None:
@@ -54,12 +52,11 @@ def open_directory(path: Path) -> Source:
     tensors: dict[str, SourceTensor] = {}
     for file in files:
         _add_tensors(path / file, tensors, problems)
-    _check_index(files, tensors, {path / file for file in files if (path / file).exists()}, problems)
-    present = [path / file for file in files if (path / file).exists()]
+    _check_index(files, tensors, problems)
     return Source(
         path=path, kind="safetensors" if "safetensors" in chosen else "torch .bin", config=config,
         generation_config=generation, tensors=tensors, problems=problems,
-        fingerprint=fingerprint(present, json.dumps(config), json.dumps(generation)),
+        fingerprint=fingerprint([path / file for file in files], json.dumps(config), json.dumps(generation)),
         write_tokenizer=lambda target: copy_tokenizer(path, target),
     )  # fmt: skip
 
@@ -120,9 +117,7 @@ def _shards(path: Path, chosen: str, problems: list[str]) -> dict[str, list[str]
     files: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         files.setdefault(file, []).append(name)
-    return {
-        file: names for file, names in sorted(files.items()) if _usable(path, chosen, file, names, problems)
-    }
+    return {file: names for file, names in sorted(files.items()) if _usable(path, chosen, file, names, problems)}
 
 
 def _usable(path: Path, index: str, file: str, names: list[str], problems: list[str]) -> bool:
@@ -182,10 +177,8 @@ def _reader(array: np.ndarray):
     return lambda start, stop: array[start:stop]
 
 
-def _check_index(
-    files: dict[str, list[str]], tensors: dict[str, SourceTensor], present: set[Path], problems: list[str]
-) -> None:
-    """Every tensor must be in the shard where the index places it; shards that could not be read were reported."""
+def _check_index(files: dict[str, list[str]], tensors: dict[str, SourceTensor], problems: list[str]) -> None:
+    """Every tensor must be in the shard where the index places it; unreadable shards were reported."""
     readable = {tensor.where for tensor in tensors.values()}
     for file, names in files.items():
         if Path(file).name in readable:
@@ -198,8 +191,4 @@ def _check_index(
 
 def _listing(path: Path) -> str:
     names = sorted(child.name for child in path.iterdir())
-    return (
-        ", ".join(names[:8]) + (f", … ({len(names)} entries)" if len(names) > 8 else "")
-        if names
-        else "nothing"
-    )
+    return ", ".join(names[:8]) + (f", … ({len(names)} entries)" if len(names) > 8 else "") if names else "nothing"

@@ -15,9 +15,12 @@ def download(name: str) -> Path:
     Raises:
       ConversionError: no such model, or the hub cannot be reached.
     """
-    import httpx
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of httpx or httpx2, as the hub's version has it
+    )
 
     repository, _, revision = name.partition("@")
     try:
@@ -32,11 +35,11 @@ def download(name: str) -> Path:
             )
             if any(path.glob(weights)):
                 break
-    except (LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
-        if isinstance(error, HfHubHTTPError) and error.response is not None:
+    except (HTTPError, OSError) as error:
+        if isinstance(error, HfHubHTTPError) and getattr(error, "response", None) is not None:
             raise ConversionError(f"the hub refuses {name}: {error}".split("\n")[0]) from error
         raise ConversionError(
-            f"{name} is no local path, and the Hugging Face hub cannot be reached to look for a model of that name "
+            f"{name} is no local path, and the Hugging Face hub cannot be reached to look for it "
             f"({str(error).splitlines()[0]}); check the path or the network"
         ) from error
     except HFValidationError as error:

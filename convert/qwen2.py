@@ -15,26 +15,19 @@ DEFAULTS = {
 
 
 def layer_windows(fields: Fields) -> tuple[int | None, ...]:
-    """The window of each layer, from `layer_types` or from the older `max_window_layers`; empty if there are none."""
+    """The window of each layer, from `layer_types` or the older `max_window_layers`; empty if none."""
     layers = fields.integer("num_hidden_layers")
     window = fields.optional_integer("sliding_window") if fields.flag("use_sliding_window") else None
     types = fields.config.get("layer_types")
     if types is None:
         first = fields.config.get("max_window_layers", fields.defaults["max_window_layers"])
         if not isinstance(first, int) or isinstance(first, bool) or first < 0:
-            fields.problems.append(
-                f"config.json: max_window_layers must be a natural number; it is {first!r:.80}"
-            )
+            fields.problems.append(f"config.json: max_window_layers must be a natural number; it is {first!r:.80}")
             return ()
         types = [
-            "full_attention" if layer < first or window is None else "sliding_attention"
-            for layer in range(layers)
+            "full_attention" if layer < first or window is None else "sliding_attention" for layer in range(layers)
         ]
-    if (
-        not isinstance(types, list)
-        or len(types) != layers
-        or not set(types) <= {"full_attention", "sliding_attention"}
-    ):
+    if not isinstance(types, list) or len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
         fields.problems.append(
             f"config.json: layer_types must name full_attention or sliding_attention for each of {layers} "
             f"layers; it is {types!r:.80}"
@@ -42,8 +35,7 @@ def layer_windows(fields: Fields) -> tuple[int | None, ...]:
         return ()
     if "sliding_attention" in types and window is None:
         fields.problems.append(
-            "config.json: layer_types names sliding_attention, but use_sliding_window or sliding_window "
-            "switches it off"
+            "config.json: layer_types names sliding_attention, but use_sliding_window or sliding_window switches it off"
         )
     windows = tuple(window if kind == "sliding_attention" else None for kind in types)
     return windows if any(windows) else ()
@@ -59,8 +51,7 @@ def windows_to_hf(config: ModelConfig) -> dict[str, Any]:
     if len(lengths) > 1:
         raise ValueError(f"{config.model_type} knows one window length for all layers; got {sorted(lengths)}")
     types = [
-        "full_attention" if config.window(layer) is None else "sliding_attention"
-        for layer in range(config.num_layers)
+        "full_attention" if config.window(layer) is None else "sliding_attention" for layer in range(config.num_layers)
     ]
     window = next(iter(lengths), None)
     return {"use_sliding_window": window is not None, "sliding_window": window, "layer_types": types}

@@ -1,4 +1,4 @@
-"""Qwen3's table: Qwen2's windows, a norm on each head's queries and keys, biases on all or none of the attention."""
+"""Qwen3's table: Qwen2's windows, a norm on each head's q and k, biases on all of the attention or none."""
 
 from __future__ import annotations
 

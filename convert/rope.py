@@ -1,4 +1,4 @@
-"""Hugging Face's many ways to say how rotary positions are stretched, resolved into one `RopeConfig` and back."""
+"""Hugging Face's ways to say how rotary positions are stretched, resolved into one `RopeConfig` and back."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ def parse_rope(config: Mapping[str, Any], max_position: int, problems: list[str]
         )
     partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
-        found.append(
-            f"config.json: partial_rotary_factor {partial!r:.80} is not supported; every dimension must be rotated"
-        )
+        found.append(f"config.json: partial_rotary_factor {partial!r:.80} is not supported; it must be 1 or absent")
     fields = Fields({"rope_theta": config.get("rope_theta"), **parameters}, {"rope_theta": 10000.0}, found)
     values = {"theta": fields.number("rope_theta"), "kind": kind}
     if not found:
@@ -67,9 +65,7 @@ def _dynamic(fields: Fields, config: Mapping[str, Any], max_position: int) -> di
 def _llama3(fields: Fields, config: Mapping[str, Any], max_position: int) -> dict[str, Any]:
     low, high = fields.number("low_freq_factor"), fields.number("high_freq_factor")
     if low == high:
-        fields.problems.append(
-            f"config.json: low_freq_factor and high_freq_factor must differ; both are {low}"
-        )
+        fields.problems.append(f"config.json: low_freq_factor and high_freq_factor must differ; both are {low}")
     return {"factor": fields.number("factor"), "low_freq_factor": low, "high_freq_factor": high,
             "original_max_len": _original(fields, config, max_position)}  # fmt: skip
 
@@ -99,9 +95,7 @@ def _attention_factor(fields: Fields, factor: float) -> float:
 
 def _original(fields: Fields, config: Mapping[str, Any], max_position: int) -> int:
     key = "original_max_position_embeddings"  # beside the parameters (as Phi3 writes it), it wins
-    return Fields(
-        {key: config.get(key) or fields.config.get(key)}, {key: max_position}, fields.problems
-    ).integer(key)
+    return Fields({key: config.get(key) or fields.config.get(key)}, {key: max_position}, fields.problems).integer(key)
 
 
 _KINDS = {"default": lambda *_: {}, "linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn}

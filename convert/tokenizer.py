@@ -9,9 +9,7 @@ from typing import Any
 from convert.errors import ConversionError
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LLAMA3 = (
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
@@ -50,17 +48,11 @@ def tokenizer_problems(metadata: dict[str, Any]) -> list[str]:
         return ["the tokenizer has no list of tokens"]
     problems = []
     if len(set(tokens)) < len(tokens):
-        problems.append(
-            f"the tokenizer's {len(tokens)} tokens hold {len(tokens) - len(set(tokens))} duplicates"
-        )
+        problems.append(f"the tokenizer's {len(tokens)} tokens hold {len(tokens) - len(set(tokens))} duplicates")
     if types is not None and (not isinstance(types, list) or len(types) != len(tokens)):
-        problems.append(
-            f"the tokenizer has {len(tokens)} tokens, but its list of token types has another length"
-        )
+        problems.append(f"the tokenizer has {len(tokens)} tokens, but its list of token types has another length")
     if model == "gpt2" and pre not in SPLITS:
-        problems.append(
-            f"tokenizer pre-tokenizer {pre!r:.80} is not supported; supported are {', '.join(SPLITS)}"
-        )
+        problems.append(f"tokenizer pre-tokenizer {pre!r:.80} is not supported; supported are {', '.join(SPLITS)}")
     key = "merges" if model == "gpt2" else "scores"
     values = metadata.get(f"{_PREFIX}{key}")
     if not isinstance(values, list) or (model == "llama" and len(values) != len(tokens)):
@@ -70,9 +62,7 @@ def tokenizer_problems(metadata: dict[str, Any]) -> list[str]:
     for name in ("bos", "eos", "unknown", "padding"):
         index = metadata.get(f"{_PREFIX}{name}_token_id", 0)
         if not isinstance(index, int) or index >= len(tokens):
-            problems.append(
-                f"the tokenizer's {name}_token_id {index!r:.80} is outside its {len(tokens)} tokens"
-            )
+            problems.append(f"the tokenizer's {name}_token_id {index!r:.80} is outside its {len(tokens)} tokens")
     return problems
 
 
@@ -119,9 +109,8 @@ def _byte_level(metadata: dict[str, Any]):
             pre_tokenizers.ByteLevel(False, use_regex=False),
         ]
     else:
-        steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-        if pre == "smollm":
-            steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+        digits = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
+        steps = [*digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     if pattern == _QWEN2:
         tokenizer.normalizer = normalizers.NFC()
@@ -130,16 +119,14 @@ def _byte_level(metadata: dict[str, Any]):
 
 
 def _sentencepiece(metadata: dict[str, Any]):
-    """Sentencepiece's BPE: the merge that makes the token of highest score comes first; unknown bytes have tokens."""
+    """Sentencepiece's BPE: the merge into the token of highest score comes first; bytes have tokens."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     tokens, scores = metadata[f"{_PREFIX}tokens"], metadata[f"{_PREFIX}scores"]
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = _merges_from_scores(vocab, scores)
     unknown = _special(metadata, "unknown")
-    tokenizer = Tokenizer(
-        models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = metadata.get(f"{_PREFIX}add_space_prefix", True)
     spaces = normalizers.Replace(" ", _SPACE)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if prefix else spaces
@@ -162,9 +149,7 @@ def _add_tokens(tokenizer, metadata: dict[str, Any]) -> None:
     from tokenizers import AddedToken
 
     special, plain = [], []
-    for token, kind in zip(
-        metadata[f"{_PREFIX}tokens"], metadata.get(f"{_PREFIX}token_type") or [], strict=False
-    ):
+    for token, kind in zip(metadata[f"{_PREFIX}tokens"], metadata.get(f"{_PREFIX}token_type") or [], strict=False):
         if kind in (_CONTROL, _UNKNOWN):
             special.append(AddedToken(token, normalized=False, special=True))
         elif kind == _USER_DEFINED:

@@ -1,7 +1,8 @@
 """Read `pytorch_model.bin` without torch and without running anything in it.
 
-A torch zip archive holds `data.pkl`, a pickled dict of tensors, and one stored entry per storage. A pickle is a program;
-ours may only name the handful of globals that build a dict of tensors, all replaced by our own inert functions.
+A torch zip archive holds `data.pkl`, a pickled dict of tensors, and one stored entry per storage. A pickle is
+a program; here it may only name the few globals that build a dict of tensors, each replaced by an inert
+function.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ def read_torch_file(path: Path) -> dict[str, SourceTensor]:
     if magic[:2] == b"\x80\x02" or not magic.startswith(b"PK"):
         kind = "torch's legacy format (before 1.6)" if magic[:1] == b"\x80" else "no zip archive"
         raise ConversionError(
-            f"{path} is {kind}; expected torch's zip format. Load and save it again with a current torch, or better, "
-            "save the model as safetensors"
+            f"{path} is {kind}; expected torch's zip format. Load and save it again with a current torch, or "
+            "better, save the model as safetensors"
         )
     try:
         with zipfile.ZipFile(path) as archive:
@@ -93,19 +94,14 @@ def read_torch_file(path: Path) -> dict[str, SourceTensor]:
 def _read_archive(path: Path, archive: zipfile.ZipFile) -> dict[str, SourceTensor]:
     names = [name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
     if len(names) != 1:
-        raise ConversionError(
-            f"{path} is no torch archive: it holds {len(names)} files named data.pkl; expected one"
-        )
+        raise ConversionError(f"{path} is no torch archive: it holds {len(names)} files named data.pkl; expected one")
     root = names[0].removesuffix("data.pkl")
     if archive.getinfo(names[0]).file_size > MAX_PICKLE_BYTES:
         raise ConversionError(
-            f"{path}: its data.pkl claims {archive.getinfo(names[0]).file_size} bytes; the limit is "
-            f"{MAX_PICKLE_BYTES}"
+            f"{path}: its data.pkl claims {archive.getinfo(names[0]).file_size} bytes; the limit is {MAX_PICKLE_BYTES}"
         )
     if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
-        raise ConversionError(
-            f"{path} was written on a big-endian machine; only little-endian archives are read"
-        )
+        raise ConversionError(f"{path} was written on a big-endian machine; only little-endian archives are read")
     records = _unpickle(path, archive.read(names[0]))
     mapped, tensors = map_file(path), {}
     for name, record in records.items():
@@ -130,9 +126,7 @@ def _unpickle(path: Path, data: bytes) -> dict[Any, Any]:
     except _MALFORMED as error:
         raise ConversionError(f"{path}: its pickle is malformed: {error!r:.200}") from error
     if not isinstance(records, dict):
-        raise ConversionError(
-            f"{path} holds a {type(records).__name__}; expected a dict from names to tensors"
-        )
+        raise ConversionError(f"{path} holds a {type(records).__name__}; expected a dict from names to tensors")
     return records
 
 
@@ -191,8 +185,8 @@ def _locate(
         needed = 0
     if needed > record.storage.count or record.storage.count * dtype.itemsize > size:
         raise ConversionError(
-            f"{path}: truncated: {name} needs {needed} elements; its storage claims {record.storage.count} of {dtype} and "
-            f"holds {size} bytes"
+            f"{path}: truncated: {name} needs {needed} elements; its storage claims {record.storage.count} "
+            f"of {dtype} and holds {size} bytes"
         )
     flat = mapped[start : start + record.storage.count * dtype.itemsize].view(dtype)[record.offset :]
     strides = tuple(stride * dtype.itemsize for stride in record.strides)
@@ -214,9 +208,7 @@ def _entry_extent(path: Path, archive: zipfile.ZipFile, entry: str, mapped: np.n
     except KeyError as error:
         raise ConversionError(f"{path}: truncated: the archive has no entry {entry}") from error
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-        raise ConversionError(
-            f"{path}: entry {entry} is compressed or encrypted; torch stores tensors plainly"
-        )
+        raise ConversionError(f"{path}: entry {entry} is compressed or encrypted; torch stores tensors plainly")
     header = mapped[info.header_offset : info.header_offset + 30].tobytes()
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
         raise ConversionError(f"{path}: entry {entry} has no header where the archive says")

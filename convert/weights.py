@@ -15,9 +15,7 @@ from jaxdecode.checkpoint import flatten, item_of
 from jaxdecode.config import ModelConfig
 from jaxdecode.safetensors_file import numpy_dtype, plan_header, tensor_bytes
 
-CHUNK_BYTES = (
-    16 << 20
-)  # of float32 values held at once; a few temporaries of this size are the engine's memory
+CHUNK_BYTES = 16 << 20  # of float32 values held at once; a few temporaries of this size are the engine's memory
 DTYPES = ("float32", "bfloat16", "float16")
 FLOATS = (*DTYPES, "float64")
 
@@ -63,14 +61,12 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Anonymous memory that streaming adds: a chunk in its source's type, as float32, cast, and dequantising's scratch."""
+        """Anonymous memory that streaming adds: a chunk as read and as cast, and dequantising's scratch."""
         rows = max((_row_bytes(target.shape) for target in self.targets), default=0)
         return 6 * max(CHUNK_BYTES, rows)
 
 
-def make_plan(
-    source: Source, config: ModelConfig, family: Family, dtype: str | None
-) -> tuple[Plan, list[str]]:
+def make_plan(source: Source, config: ModelConfig, family: Family, dtype: str | None) -> tuple[Plan, list[str]]:
     """Match every tensor the model needs with the source's.
 
     Returns:
@@ -94,10 +90,8 @@ def make_plan(
 
 
 def own_dtype(source: Source) -> str:
-    """The narrowest of `DTYPES` that holds every matrix of the source exactly; float32 for quantised or float64 ones."""
-    found = {
-        tensor.dtype for tensor in source.tensors.values() if len(tensor.shape) > 1 and tensor.dtype in FLOATS
-    }
+    """The narrowest of `DTYPES` that holds every matrix exactly; float32 for quantised or float64 ones."""
+    found = {tensor.dtype for tensor in source.tensors.values() if len(tensor.shape) > 1 and tensor.dtype in FLOATS}
     return found.pop() if len(found) == 1 and found <= set(DTYPES) else "float32"
 
 
@@ -128,8 +122,8 @@ def _cast(values: np.ndarray, dtype: np.dtype, target: Target, part: SourceTenso
         if lost.any():
             largest = float(np.abs(values[lost].astype(np.float64)).max())
             raise ConversionError(
-                f"{part.name} -> {target.name}: {dtype} cannot hold {int(lost.sum())} of its values (the largest is "
-                f"{largest:.6g}); choose --dtype bfloat16 or float32"
+                f"{part.name} -> {target.name}: {dtype} cannot hold {int(lost.sum())} of its values (the "
+                f"largest is {largest:.6g}); choose --dtype bfloat16 or float32"
             )
     return cast
 
@@ -153,13 +147,12 @@ def _match(
             problems.append(f"missing tensor {part_name}{list(expected)}, needed for {name}{list(shape)}")
         elif part.shape != expected:
             problems.append(
-                f"misshaped tensor {part_name}: the source holds {list(part.shape)}, {name}{list(shape)} needs "
-                f"{list(expected)}"
+                f"misshaped tensor {part_name}: the source holds {list(part.shape)}, {name}{list(shape)} "
+                f"needs {list(expected)}"
             )
         elif part.dtype not in FLOATS:
             problems.append(
-                f"tensor {part_name} has dtype {part.stored}, which is not supported; supported are "
-                f"{', '.join(FLOATS)}"
+                f"tensor {part_name} has dtype {part.stored}, which is not supported; supported are {', '.join(FLOATS)}"
             )
         else:
             parts.append(part)
@@ -170,8 +163,8 @@ def _check_tied(source: Source, family: Family, problems: list[str]) -> list[str
     """A head beside tied embeddings must repeat them; returns the names this accounts for."""
     head_name, embed_name = f"{family.model['head']}.weight", f"{family.model['embed']}.weight"
     head, embed = source.tensors.get(head_name), source.tensors.get(embed_name)
-    if head is None or embed is None:
-        return [head_name]
+    if head is None or embed is None or len(embed.shape) != 2 or 0 in embed.shape:
+        return [head_name]  # a misshaped embedding is reported as such
     if head.shape != embed.shape or not _equal(head, embed):
         problems.append(
             f"config.json ties {head_name} to {embed_name}, but the source holds both and they differ; set "
@@ -189,8 +182,8 @@ def _equal(a: SourceTensor, b: SourceTensor) -> bool:
 def _unexpected(source: Source, family: Family, used: set[str]) -> list[str]:
     ignored = [re.compile(pattern) for pattern in family.ignored]
     return [
-        f"unexpected tensor {tensor.name}{list(tensor.shape)} in {tensor.where}: a {family.model_type} of this config.json "
-        "has no place for it"
+        f"unexpected tensor {tensor.name}{list(tensor.shape)} in {tensor.where}: a {family.model_type} of "
+        "this config.json has no place for it"
         for tensor in source.tensors.values()
         if tensor.name not in used and not any(pattern.fullmatch(tensor.name) for pattern in ignored)
     ]

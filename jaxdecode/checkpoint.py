@@ -1,12 +1,14 @@
 """Our checkpoint on disk: reading it.
 
-    config/, manifest/       Orbax JSON items: the model's configuration; every tensor's dtype, shape, bytes, file, SHA-256
+    config/                  Orbax JSON item: the model's configuration
+    manifest/                Orbax JSON item: dtype, shape, bytes, file and SHA-256 of every tensor
     _CHECKPOINT_METADATA     Orbax's own
-    weights/*.safetensors    one file per item (embed, layer_00000, …, norm, head), aligned so that it is used in place
+    weights/*.safetensors    one file per item (embed, layer_00000, …, norm, head), to be used in place
     tokenizer/               whatever `transformers.AutoTokenizer` reads; may be absent
 
-Orbax's JSON items are plain JSON files, read here without importing Orbax (1.4 s). The weights are safetensors, which
-Orbax reads too (`CheckpointLayout.SAFETENSORS`), because mapping them takes a fraction of an Orbax array restore.
+Orbax's JSON items are plain JSON files, read here without importing Orbax (1.4 s). The weights are
+safetensors, which Orbax reads too (`CheckpointLayout.SAFETENSORS`), because mapping them takes a fraction of the
+time of an Orbax array restore.
 Writing is in `checkpoint_writer`.
 """
 
@@ -57,9 +59,7 @@ def load_manifest(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: checkpoint format {version!r}; this version reads format {FORMAT_VERSION}")
     tensors = manifest.get("tensors")
     keys = {"dtype", "shape", "bytes", "file", "sha256"}
-    if not isinstance(tensors, dict) or not all(
-        isinstance(row, dict) and keys <= set(row) for row in tensors.values()
-    ):
+    if not isinstance(tensors, dict) or not all(isinstance(row, dict) and keys <= set(row) for row in tensors.values()):
         raise ValueError(f"{path}: its manifest has no complete table of tensors")
     return manifest
 
@@ -70,18 +70,19 @@ def load_params(
     dtype: DTypeLike | None = None,
     sharding: Sharding | Callable[[str], Sharding] | None = None,
 ) -> tuple[Params, ModelConfig]:
-    """Load a checkpoint's weights from mapped files: on the CPU they stay in the page cache, nothing is copied.
+    """Load a checkpoint's weights from mapped files; on the CPU nothing is copied.
 
     Args:
       dtype: cast every tensor to this type, one at a time; None keeps the stored types.
-      sharding: where tensors go: one Sharding, or a function of the flat name ("layers.3.attention.qkv.weight").
-        Every process reads only the rows its devices hold.
+      sharding: where tensors go: one Sharding, or a function of the flat name
+        ("layers.3.attention.qkv.weight"). Every process reads only the rows its devices hold.
 
     Returns:
       (params, config): the nested dict of arrays that `generate` takes.
 
     Raises:
-      ValueError: not a checkpoint; or a weight file is missing, truncated, or not what the manifest or the model says.
+      ValueError: not a checkpoint; or a weight file is missing, truncated, or not what the manifest or the
+        model says.
     """
     from jaxdecode.models import abstract_params
 
@@ -118,14 +119,12 @@ def verify_hashes(path: str | Path, progress: Callable[[int], None] | None = Non
         if progress:
             progress(done)
     if wrong:
-        raise ValueError(
-            f"{path}: {len(wrong)} tensors differ from their recorded SHA-256: {', '.join(wrong)}"
-        )
+        raise ValueError(f"{path}: {len(wrong)} tensors differ from their recorded SHA-256: {', '.join(wrong)}")
     return len(manifest["tensors"])
 
 
 def tensor_views(path: str | Path) -> dict[str, np.ndarray]:
-    """Every weight by flat name as a read-only numpy array over the mapped files, checked as in `load_params`.
+    """Every weight by flat name as a read-only array over its mapped file, checked as in `load_params`.
 
     Raises:
       ValueError: as `load_params`.
@@ -171,9 +170,7 @@ def _read_json(path: Path, item: str) -> dict[str, Any]:
         fields = json.loads(file.read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
         hint = (
-            "; it is a Hugging Face directory: run `jaxdecode convert` on it"
-            if (path / "config.json").exists()
-            else ""
+            "; it is a Hugging Face directory: run `jaxdecode convert` on it" if (path / "config.json").exists() else ""
         )
         found = "it does not exist" if not path.exists() else f"{item}/metadata is missing{hint}"
         raise ValueError(f"{path} is not a jaxdecode checkpoint: {found}") from error
@@ -209,9 +206,7 @@ def _views(path: Path, manifest: dict[str, Any]) -> dict[str, np.ndarray]:
             entry = entries.get(name)
             if entry is None or (entry.dtype, list(entry.shape)) != (row["dtype"], row["shape"]):
                 found = f"{entry.dtype}{list(entry.shape)}" if entry else "nothing of that name"
-                problems.append(
-                    f"{name}: the manifest says {row['dtype']}{row['shape']}, {file} holds {found}"
-                )
+                problems.append(f"{name}: the manifest says {row['dtype']}{row['shape']}, {file} holds {found}")
             else:
                 views[name] = safetensors_file.view(mapped, entry)
     if problems:
@@ -221,18 +216,14 @@ def _views(path: Path, manifest: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def _check_complete(path: Path, views: Mapping[str, np.ndarray], targets: Mapping[str, Any]) -> None:
     problems = [f"missing tensor {name}{list(targets[name].shape)}" for name in targets if name not in views]
-    problems += [
-        f"unexpected tensor {name}{list(views[name].shape)}" for name in views if name not in targets
-    ]
+    problems += [f"unexpected tensor {name}{list(views[name].shape)}" for name in views if name not in targets]
     problems += [
         f"{name} is {list(views[name].shape)}, the config needs {list(target.shape)}"
         for name, target in targets.items()
         if name in views and views[name].shape != target.shape
     ]
     if problems:
-        raise ValueError(
-            f"{path} does not fit its config:\n" + "\n".join(f"  - {problem}" for problem in problems)
-        )
+        raise ValueError(f"{path} does not fit its config:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
 def _place(array: np.ndarray, dtype: DTypeLike | None, sharding: Sharding | None) -> jax.Array:
@@ -246,9 +237,7 @@ def _cast(array: np.ndarray, dtype: DTypeLike | None) -> np.ndarray:
     return array if dtype is None else array.astype(jax.dtypes.canonicalize_dtype(dtype), copy=False)
 
 
-def save(
-    path: str | Path, params: Params, config: ModelConfig, *, tokenizer_dir: str | Path | None = None
-) -> None:
+def save(path: str | Path, params: Params, config: ModelConfig, *, tokenizer_dir: str | Path | None = None) -> None:
     """Write arrays in memory (fine-tuned weights) as a checkpoint; atomic.
 
     Raises:

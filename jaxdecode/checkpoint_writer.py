@@ -1,7 +1,7 @@
 """Writing a checkpoint so that it is whole or absent, and so that a killed run continues where it stopped.
 
-Everything happens in `PATH.partial`, one item (weight file) after another; a journal there names the finished items and
-their hashes. One rename of a directory makes the checkpoint appear at PATH.
+Everything happens in `PATH.partial`, one item (weight file) after another; a journal there names the finished
+items and their hashes. One rename of a directory makes the checkpoint appear at PATH.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class CheckpointWriter:
         """Prepare to write `path`; nothing is touched before entering the context.
 
         Args:
-          identity: JSON that fixes the bytes to be written (source fingerprint, dtype); a partial with the same identity
-            and config is continued. None never continues.
+          identity: JSON that fixes the bytes to be written (source fingerprint, dtype); a partial with the
+            same identity and config is continued. None never continues.
           source: JSON for the manifest: where the weights come from.
         """
         self.path = Path(path)
@@ -67,7 +67,7 @@ class CheckpointWriter:
         """Take the partial directory, continuing or clearing what is there.
 
         Raises:
-          ValueError: the destination exists, another writer is at work, or PATH.partial is not a partial of ours.
+          ValueError: the destination exists, another writer is at work, or PATH.partial is not ours.
         """
         refuse_existing(self.path)
         if self.partial.exists() and not (self.partial / "lock").exists() and any(self.partial.iterdir()):
@@ -78,9 +78,7 @@ class CheckpointWriter:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._lock.close()
-            raise ValueError(
-                f"another process is writing {self.path} (it holds {self.partial / 'lock'})"
-            ) from error
+            raise ValueError(f"another process is writing {self.path} (it holds {self.partial / 'lock'})") from error
         try:
             refuse_existing(self.path)  # a writer that held the lock until now may just have finished
             if not _is_still(self._lock, self.partial / "lock"):
@@ -101,7 +99,7 @@ class CheckpointWriter:
         return item in self._items
 
     def write_item(self, item: str, specs: Specs, chunks: Callable[[str], Iterator[np.ndarray]]) -> None:
-        """Write one weight file: `chunks(name)` yields a tensor's consecutive elements in the dtype of its spec.
+        """Write one weight file: `chunks(name)` yields a tensor's elements in order, in its spec's dtype.
 
         Raises:
           ValueError: the chunks of a tensor do not add up to its size.
@@ -248,9 +246,7 @@ def refuse_existing(path: Path) -> None:
         raise ValueError(f"the destination {path} exists already; remove it or choose another")
 
 
-def _write_tensor(
-    output: IO[bytes], name: str, entry: safetensors_file.Entry, chunks: Iterator[np.ndarray]
-) -> str:
+def _write_tensor(output: IO[bytes], name: str, entry: safetensors_file.Entry, chunks: Iterator[np.ndarray]) -> str:
     """Append one tensor; returns the SHA-256 of its little-endian bytes."""
     digest, written = hashlib.sha256(), 0
     for chunk in chunks:
@@ -262,14 +258,13 @@ def _write_tensor(
         written += len(data)
     if written != entry.stop - entry.start:
         raise ValueError(
-            f"{name}: {written} bytes were produced, its shape {list(entry.shape)} needs "
-            f"{entry.stop - entry.start}"
+            f"{name}: {written} bytes were produced, its shape {list(entry.shape)} needs {entry.stop - entry.start}"
         )
     return digest.hexdigest()
 
 
 def _write_orbax_items(scratch: Path, target: Path, items: dict[str, Any]) -> None:
-    """Let Orbax write JSON items, then move them into `target`: Orbax makes its own directory and finalises it."""
+    """Let Orbax write JSON items into a directory of its own, then move them into `target`."""
     import orbax.checkpoint as ocp
 
     shutil.rmtree(scratch, ignore_errors=True)

@@ -1,7 +1,8 @@
 """The safetensors container: a strict header reader and a writer of aligned headers.
 
-Layout: 8 bytes little-endian header length, a JSON header, then the tensors end to end without holes. We pad the header
-to `ALIGNMENT` bytes and put tensors whose size is a multiple of it first, so that a mapped file can be used in place.
+Layout: 8 bytes little-endian header length, a JSON header, then the tensors end to end without holes. We pad
+the header to `ALIGNMENT` bytes and put tensors whose size is a multiple of it first, so that a mapped file
+can be used in place.
 """
 
 from __future__ import annotations
@@ -80,9 +81,7 @@ def _parse(path: Path, text: bytes, data_start: int) -> dict[str, Entry]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a safetensors file: the header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
-        raise ValueError(
-            f"{path}: not a safetensors file: the header is a {type(header).__name__}, not an object"
-        )
+        raise ValueError(f"{path}: not a safetensors file: the header is a {type(header).__name__}, not an object")
     header.pop("__metadata__", None)
     return {name: _entry(path, name, fields, data_start) for name, fields in header.items()}
 
@@ -100,9 +99,7 @@ def _entry(path: Path, name: str, fields: Any, data_start: int) -> Entry:
 
     where = f"{path}: tensor {name!r}"
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= set(fields):
-        raise ValueError(
-            f"{where}: the header entry needs dtype, shape and data_offsets; got {fields!r:.200}"
-        )
+        raise ValueError(f"{where}: the header entry needs dtype, shape and data_offsets; got {fields!r:.200}")
     code, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
         raise ValueError(f"{where}: unknown dtype {code!r}; known are {', '.join(DTYPES)}")
@@ -113,8 +110,7 @@ def _entry(path: Path, name: str, fields: Any, data_start: int) -> Entry:
     expected = tensor_bytes(tuple(shape), DTYPES[code])
     if offsets[1] - offsets[0] != expected:
         raise ValueError(
-            f"{where}: {code}{shape} takes {expected} bytes, data_offsets {offsets} hold "
-            f"{offsets[1] - offsets[0]}"
+            f"{where}: {code}{shape} takes {expected} bytes, data_offsets {offsets} hold {offsets[1] - offsets[0]}"
         )
     start, stop = (data_start + offset for offset in offsets)
     return Entry(dtype=DTYPES[code], shape=tuple(shape), start=start, stop=stop)
@@ -125,9 +121,7 @@ def _check_extents(path: Path, entries: dict[str, Entry], data_start: int, size:
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != position:
             how = "overlaps the tensor before it" if entry.start < position else "leaves a hole before it"
-            raise ValueError(
-                f"{path}: tensor {name!r} {how}: it starts at byte {entry.start}, expected {position}"
-            )
+            raise ValueError(f"{path}: tensor {name!r} {how}: it starts at byte {entry.start}, expected {position}")
         position = entry.stop
     if position > size:
         raise ValueError(f"{path}: truncated: its tensors need {position} bytes, the file has {size}")
@@ -140,7 +134,7 @@ def _check_extents(path: Path, entries: dict[str, Entry], data_start: int, size:
 def plan_header(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, Entry]]:
-    """The first bytes of a file that holds `tensors` (name -> dtype name, shape), and where each tensor goes."""
+    """The first bytes of a file of `tensors` (name -> dtype name, shape), and where each tensor goes."""
     sizes = {name: tensor_bytes(shape, dtype) for name, (dtype, shape) in tensors.items()}
     order = sorted(tensors, key=lambda name: (sizes[name] % ALIGNMENT != 0, -sizes[name], name))
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -166,7 +160,7 @@ def plan_header(
 
 
 def map_file(path: str | Path) -> np.ndarray:
-    """The bytes of a file as a read-only uint8 array backed by the page cache; they live as long as the array."""
+    """The bytes of a file as a read-only uint8 array backed by the page cache."""
     with Path(path).open("rb") as file:
         if not os.fstat(file.fileno()).st_size:
             return np.zeros(0, np.uint8)
