@@ -67,11 +67,12 @@ def _llama3(rope: RopeConfig, head_dim: int, context: Array) -> np.ndarray:
 
 def _yarn(rope: RopeConfig, head_dim: int, context: Array) -> np.ndarray:
     """Keeps dimensions that turn often, divides those that turn rarely, ramps linearly between (arXiv 2309.00071)."""
-    assert rope.original_max_len is not None
+    original_max_len = rope.original_max_len
+    assert original_max_len is not None
 
     def dimension(rotations: float) -> float:
         """Which pair turns this many times over the original context."""
-        return head_dim * math.log(rope.original_max_len / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return head_dim * math.log(original_max_len / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
     if rope.truncate:

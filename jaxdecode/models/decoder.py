@@ -35,7 +35,7 @@ class Decoder(nnx.Module):
     The decode loop uses the same parts, bound to a plain dict of parameters: see `jaxdecode.generation`.
     """
 
-    layer_type: ClassVar[type[nnx.Module]] = DecoderLayer
+    layer_type: ClassVar[type[DecoderLayer]] = DecoderLayer
 
     def __init__(self, config: ModelConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
