@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
+from jaxtyping import Float, Int
 
 from jaxdecode.config import ModelConfig
 
@@ -37,11 +38,19 @@ def init_cache(config: ModelConfig, batch: int, max_len: int, dtype: DTypeLike) 
     )
 
 
-def append_chunk(buffer: Array, chunk: Array, start: Array) -> Array:
-    """Writes chunk [batch, q_len, num_kv_heads, head_dim] into the slots start … start + q_len of every row."""
+def append_chunk(
+    buffer: Float[Array, "batch num_kv_heads max_len head_dim"],
+    chunk: Float[Array, "batch q_len num_kv_heads head_dim"],
+    start: Int[Array, ""],
+) -> Float[Array, "batch num_kv_heads max_len head_dim"]:
+    """Writes a chunk into the slots start … start + q_len of every row."""
     return lax.dynamic_update_slice_in_dim(buffer, jnp.swapaxes(chunk, 1, 2), start, axis=2)
 
 
-def append_token(buffer: Array, token: Array, lengths: Array) -> Array:
-    """Writes token [batch, num_kv_heads, head_dim] into the slot lengths[row] of each row."""
+def append_token(
+    buffer: Float[Array, "batch num_kv_heads max_len head_dim"],
+    token: Float[Array, "batch num_kv_heads head_dim"],
+    lengths: Int[Array, " batch"],
+) -> Float[Array, "batch num_kv_heads max_len head_dim"]:
+    """Writes a token a row into its slot `lengths`."""
     return buffer.at[jnp.arange(buffer.shape[0]), :, lengths].set(token, mode="promise_in_bounds")

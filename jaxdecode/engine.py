@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float, Int
 
 from jaxdecode.cache import KVCache, append_chunk, append_token
 from jaxdecode.config import ModelConfig
@@ -22,8 +23,13 @@ from pallas_kernels.prefill_attention import prefill_attention
 
 
 def extend(
-    params: Params, config: ModelConfig, cache: KVCache, tokens: Array, start: Array, lengths: Array
-) -> tuple[Array, KVCache]:
+    params: Params,
+    config: ModelConfig,
+    cache: KVCache,
+    tokens: Int[Array, "batch q_len"],
+    start: Int[Array, ""],
+    lengths: Int[Array, " batch"],
+) -> tuple[Float[Array, "batch q_len embed_dim"], KVCache]:
     """Runs one chunk of every row's prompt and stores its keys and values.
 
     Args:
@@ -48,7 +54,9 @@ def extend(
     return x, KVCache(tuple(keys), tuple(values), cache.lengths)
 
 
-def step(params: Params, config: ModelConfig, cache: KVCache, tokens: Array) -> tuple[Array, KVCache]:
+def step(
+    params: Params, config: ModelConfig, cache: KVCache, tokens: Int[Array, " batch"]
+) -> tuple[Float[Array, "batch vocab_size"], KVCache]:
     """Runs one new token a row: stores its key and value in slot `cache.lengths` and looks back.
 
     Args:
@@ -76,7 +84,9 @@ def step(params: Params, config: ModelConfig, cache: KVCache, tokens: Array) -> 
     return model.logits(x), KVCache(tuple(keys), tuple(values), cache.lengths)
 
 
-def logits(params: Params, config: ModelConfig, x: Array) -> Array:
+def logits(
+    params: Params, config: ModelConfig, x: Float[Array, "*batch embed_dim"]
+) -> Float[Array, "*batch vocab_size"]:
     """float32 next-token scores [..., vocab_size] of the last layer's output [..., embed_dim]."""
     return bind_model(config, params).logits(x)
 

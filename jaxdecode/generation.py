@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jaxtyping import Bool, Float, Int
 
 from jaxdecode.cache import KVCache, init_cache
 from jaxdecode.config import ModelConfig
@@ -22,6 +23,8 @@ from jaxdecode.engine import extend, for_each_chunk, logits, prefill_chunks, ste
 from jaxdecode.fold import foldable, match_varying
 from jaxdecode.models import Params
 from jaxdecode.sampling import Greedy
+
+ArrayLike = Array | np.ndarray
 
 PREFILL_CHUNKS = (
     256,
@@ -40,10 +43,10 @@ class Generation(NamedTuple):
       finished: [batch] bool, True where an end token or stop sequence ended the row.
     """
 
-    tokens: Array
-    lengths: Array
-    logprobs: Array
-    finished: Array
+    tokens: Int[Array, "batch max_new_tokens"]
+    lengths: Int[Array, " batch"]
+    logprobs: Float[Array, "batch max_new_tokens"]
+    finished: Bool[Array, " batch"]
 
 
 @jax.tree_util.register_dataclass
@@ -86,8 +89,8 @@ class DecodeState:
 def generate(
     params: Params,
     config: ModelConfig,
-    tokens: Array,
-    lengths: Array,
+    tokens: Int[ArrayLike, "batch prompt_len"],
+    lengths: Int[ArrayLike, " batch"],
     key: Array,
     *,
     sampler: Any = Greedy(),
@@ -142,8 +145,8 @@ def generate(
 def prefill(
     params: Params,
     config: ModelConfig,
-    tokens: Array,
-    lengths: Array,
+    tokens: Int[ArrayLike, "batch prompt_len"],
+    lengths: Int[ArrayLike, " batch"],
     key: Array,
     *,
     sampler: Any = Greedy(),
@@ -234,8 +237,8 @@ def decode(
 def stream(
     params: Params,
     config: ModelConfig,
-    tokens: Array,
-    lengths: Array,
+    tokens: Int[ArrayLike, "batch prompt_len"],
+    lengths: Int[ArrayLike, " batch"],
     key: Array,
     *,
     sampler: Any = Greedy(),
@@ -269,7 +272,12 @@ def newest_column(state: DecodeState) -> tuple[Array, Array, Array]:
     )
 
 
-def score(params: Params, config: ModelConfig, tokens: Array, lengths: Array) -> Array:
+def score(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[ArrayLike, "batch n"],
+    lengths: Int[ArrayLike, " batch"],
+) -> Float[Array, "batch n-1"]:
     """Log-probability of each token after the first, given those before it (teacher forcing).
 
     Args:

@@ -7,6 +7,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float
 
 from jaxdecode.config import RopeConfig
 
@@ -26,7 +27,9 @@ def rope_table(rope: RopeConfig, head_dim: int, positions: Array, context: Array
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 
-def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
+def apply_rope(
+    x: Float[Array, "*batch heads head_dim"], cos: Float[Array, "*batch half"], sin: Float[Array, "*batch half"]
+) -> Float[Array, "*batch heads head_dim"]:
     """Rotates the pairs (i, i + head_dim // 2) of x [..., heads, head_dim] by the angles of [..., head_dim // 2]."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 # Read when JAX is first imported, so set before any test module is. Most of a test's time is LLVM's: the programs
 # are those that users run, only the machine code inside each is not optimised.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -14,3 +16,13 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_backend_optimization_level=0",
     ]
 ).strip()
+
+
+@pytest.fixture
+def as_users_call_it():
+    """Without the shape checks that only tests run: our own error messages are what is asked for."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

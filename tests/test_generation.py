@@ -223,7 +223,7 @@ def test_dynamic_rope_reads_each_rows_own_length():
         ({"config": tiny_config(model_type="gpt9")}, "no model for model_type 'gpt9'; there are llama"),
     ],
 )
-def test_bad_arguments_are_named(model, change, message):
+def test_bad_arguments_are_named(as_users_call_it, model, change, message):
     params, config = model
     tokens, lengths = prompts([8, 8])
     arguments = dict(params=params, config=config, tokens=tokens, lengths=lengths, key=KEY, max_new_tokens=4) | change

@@ -23,7 +23,7 @@ HEAVY = {"transformers", "torch", "safetensors", "gguf"}
 # jaxdecode.cli runs the converter, but only inside a command that needs it.
 LAZY_CONVERT = "jaxdecode/cli"
 TOKENIZER = "jaxdecode/tokenizer.py"
-KERNEL_IMPORTS = {"jax", "jaxlib", "numpy", "ml_dtypes", "pallas_kernels"}
+KERNEL_IMPORTS = {"jax", "jaxtyping", "jaxlib", "numpy", "ml_dtypes", "pallas_kernels"}
 # Words of other codebases for things that have a name here; the converter must know them, nobody else.
 OTHER_WORDS = (
     "hidden_size|intermediate_size|num_hidden_layers|num_attention_heads|num_key_value_heads|max_position_embeddings"

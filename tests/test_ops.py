@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
+from jaxdecode.cache import append_token
 from pallas_kernels.dataflow import choose_implementation
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.flat_gemm import gated_linear, linear
@@ -130,7 +132,7 @@ def test_a_mapped_activation_axis_leaves_the_weights_alone():
         ),
     ],
 )
-def test_shapes_that_do_not_fit_are_named(call, message):
+def test_shapes_that_do_not_fit_are_named(as_users_call_it, call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -142,3 +144,8 @@ def test_unknown_implementation_names_those_that_exist():
 
 def test_the_choice_states_its_reason():
     assert choose_implementation("linear", "cpu").reason
+
+
+def test_the_shapes_in_signatures_are_checked():
+    with pytest.raises(jaxtyping.TypeCheckError, match="num_kv_heads"):
+        append_token(jnp.ones((2, 3, 8, 4)), jnp.ones((2, 5, 4)), jnp.ones(2, int))

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from jax import Array
+from jaxtyping import Float, Int
 
 from pallas_kernels.dataflow import find_implementation
 from pallas_kernels.decode_attention import reference, xla
 
 
 def decode_attention(
-    query: Array,  # [batch, num_heads, head_dim]
-    keys: Array,  # [batch, num_kv_heads, max_len, head_dim]
-    values: Array,  # [batch, num_kv_heads, max_len, head_dim]
-    lengths: Array,  # [batch] int32: valid slots of each sequence
+    query: Float[Array, "batch num_heads head_dim"],
+    keys: Float[Array, "batch num_kv_heads max_len head_dim"],
+    values: Float[Array, "batch num_kv_heads max_len head_dim"],
+    lengths: Int[Array, " batch"],
     *,
     scale: float,
     window: int | None = None,
     implementation: str | None = None,
-) -> Array:  # [batch, num_heads, head_dim]
+) -> Float[Array, "batch num_heads head_dim"]:
     """Attention over the first `lengths` slots of each sequence, or the last `window` of those.
 
         scores = where(visible, scale * query @ keysᵀ, -inf)
@@ -26,6 +27,7 @@ def decode_attention(
     Slots past the length may hold anything, NaN included. A sequence of length 0 gets zeros.
 
     Args:
+      lengths: valid slots of each sequence.
       scale: multiplier of the scores, usually head_dim ** -0.5.
       window: sliding-window length in tokens; None for all slots.
       implementation: "reference", "xla", or None for `choose_implementation`.

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from pallas_kernels.dataflow import find_implementation
 from pallas_kernels.flat_gemm import reference, xla
 
 
 def linear(
-    x: Array,  # [..., k]
-    weight: Array,  # [n, k]
-    bias: Array | None = None,  # [n]
+    x: Float[Array, "*m k"],
+    weight: Float[Array, "n k"],
+    bias: Float[Array, " n"] | None = None,
     *,
-    residual: Array | None = None,  # [..., n]
+    residual: Float[Array, "*m n"] | None = None,
     out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
-) -> Array:  # [..., n]
+) -> Float[Array, "*m n"]:
     """Product with a weight matrix as checkpoints store it, accumulated in float32.
 
         y = x @ weight.T + bias + residual
@@ -37,19 +38,20 @@ def linear(
 
 
 def gated_linear(
-    x: Array,  # [..., k]
-    weight: Array,  # [2 * n, k]: gate rows, then up rows
-    bias: Array | None = None,  # [2 * n]
+    x: Float[Array, "*m k"],
+    weight: Float[Array, "n_gate_up k"],
+    bias: Float[Array, " n_gate_up"] | None = None,
     *,
     activation: str = "silu",
     implementation: str | None = None,
-) -> Array:  # [..., n]
+) -> Float[Array, "*m n"]:
     """The gated half of a SwiGLU-like MLP from one fused weight.
 
         gate, up = split(x @ weight.T + bias, 2, axis=-1)
         y = activation(gate) * up
 
     Args:
+      weight: [2 * n, k], the gate's rows before the up rows.
       activation: "silu", "gelu", "gelu_tanh" or "relu".
       implementation: "reference", "xla", or None for `choose_implementation`.
 

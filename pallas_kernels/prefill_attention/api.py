@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from jax import Array
+from jaxtyping import Float, Int
 
 from pallas_kernels.dataflow import find_implementation
 from pallas_kernels.prefill_attention import reference, xla
 
 
 def prefill_attention(
-    query: Array,  # [batch, q_len, num_heads, head_dim]
-    keys: Array,  # [batch, num_kv_heads, max_len, head_dim]
-    values: Array,  # [batch, num_kv_heads, max_len, head_dim]
-    positions: Array,  # [batch, q_len] int32: where each query stands in its sequence
+    query: Float[Array, "batch q_len num_heads head_dim"],
+    keys: Float[Array, "batch num_kv_heads max_len head_dim"],
+    values: Float[Array, "batch num_kv_heads max_len head_dim"],
+    positions: Int[Array, "batch q_len"],
     *,
     scale: float,
     window: int | None = None,
     implementation: str | None = None,
-) -> Array:  # [batch, q_len, num_heads, head_dim]
+) -> Float[Array, "batch q_len num_heads head_dim"]:
     """Causal attention: a query at position p sees the cache slots p - window < s <= p.
 
         scores = where(visible, scale * query @ keysᵀ, -inf)
@@ -27,6 +28,7 @@ def prefill_attention(
     sees may hold anything, NaN included. A query that sees nothing (position -1) gets zeros.
 
     Args:
+      positions: where each query stands in its sequence.
       scale: multiplier of the scores, usually head_dim ** -0.5.
       window: sliding-window length in tokens; None for all earlier slots.
       implementation: "reference", "xla", or None for `choose_implementation`.
