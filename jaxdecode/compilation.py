@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 
 VARIABLE = "JAXDECODE_CACHE_DIR"
 _OFF = ("", "0", "off", "none")
@@ -47,5 +46,4 @@ def enable_cache() -> Path | None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-    compilation_cache.reset_cache()  # JAX looks for a cache once, at its first compilation
     return folder

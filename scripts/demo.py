@@ -15,7 +15,7 @@ from jaxdecode.checkpoint import load_manifest
 from jaxdecode.cli.options import open_model, timing_line
 from jaxdecode.cli.progress import transfer
 
-notes = Console(stderr=True, highlight=False)
+notes = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -99,6 +99,20 @@ def test_the_threshold_is_exact_at_the_edges_of_float32(row, k):
     np.testing.assert_array_equal(kept(sampling.TopK(k), row[None])[0], expected)
 
 
+def test_neighbouring_numbers_are_told_apart():
+    one = np.float32(1)
+    row = np.asarray([one, np.nextafter(one, np.float32(2)), np.nextafter(one, np.float32(0)), -3e38], np.float32)
+    for k in (1, 2, 3, 4):
+        np.testing.assert_array_equal(kept(sampling.TopK(k), row[None])[0], keep_top_k(row, k))
+
+
+def test_inverting_a_cdf_picks_only_what_has_mass():
+    mass = jnp.asarray([[0.0, 0.25, 0.0, 0.5, 0.0]] * 5)
+    index, before = sampling._invert_cdf(mass, jnp.asarray([-1e-6, 0.0, 0.25, 0.75, 1.0]))
+    np.testing.assert_array_equal(index, [1, 1, 3, 3, 3])  # rounded out of the total: the heaviest
+    np.testing.assert_allclose(before, [0.0, 0.0, 0.25, 0.25, 0.25])
+
+
 def test_no_filter_sorts_the_vocabulary():
     chain = sampler(0.7, top_k=5, top_p=0.9, min_p=0.1)
     text = jax.jit(chain.sample).lower(chain.init_(2), jnp.zeros((2, VOCAB)), keys(0, 2)).as_text()
@@ -206,9 +220,7 @@ def test_the_filtered_chain_draws_from_the_filtered_distribution():
     filtered = np.where(keep_top_k(logits / np.float32(1.5), 8), logits / np.float32(1.5), -np.inf)
     filtered = np.where(keep_top_p(filtered, 0.9), filtered, -np.inf)
     chain = sampler(1.5, top_k=8, top_p=0.9)
-    token, _ = jax.jit(chain.sample)(
-        chain.init_(draws), jnp.broadcast_to(logits, (draws, VOCAB)), keys(3, draws)
-    )
+    token, _ = jax.jit(chain.sample)(chain.init_(draws), jnp.broadcast_to(logits, (draws, VOCAB)), keys(3, draws))
     real = np.isfinite(filtered)
     counts = np.bincount(np.asarray(token), minlength=VOCAB)
     assert counts[~real].sum() == 0
@@ -344,6 +356,4 @@ def test_the_sampler_of_the_module_docstring_works():
 def test_an_empty_chain_is_a_plain_draw():
     logits, key = jnp.asarray(logits_of(4)), keys(2, 4)
     np.testing.assert_array_equal(Chain().sample((), logits, key)[0], categorical(key, logits))
-    np.testing.assert_array_equal(
-        sampler().sample(sampler().init_(4), logits, key)[0], categorical(key, logits)
-    )
+    np.testing.assert_array_equal(sampler().sample(sampler().init_(4), logits, key)[0], categorical(key, logits))

@@ -70,7 +70,7 @@ def messages() -> Console:
     """Where everything but the answer goes."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def open_model(path: Path) -> LanguageModel:
