@@ -126,6 +126,10 @@ def load_model(
     for name, weight in model.state_dict().items():
         if weight.dtype != getattr(torch, dtype):
             raise ValueError(f"{name} of {source} was loaded as {weight.dtype}, not {dtype}")
+    # Mapped weights begin at any byte and torch sums differently by alignment: copies make equal weights, however
+    # they were stored, give equal results.
+    for weight in model.parameters():
+        weight.data = weight.data.clone(memory_format=torch.contiguous_format)
     if weights_dtype:
         with torch.no_grad():
             for weight in model.parameters():

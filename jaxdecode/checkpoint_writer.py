@@ -52,12 +52,13 @@ class CheckpointWriter:
         self.partial = partial_dir(self.path)
         self.restarted = False
         self._config, self._source = config, source
-        self._header = {
+        header = {
             "format_version": FORMAT_VERSION,
             "version": _version(),
             "config": config.to_dict(),
             "identity": identity,
         }
+        self._header = json.loads(json.dumps(header))  # as it reads back: tuples become lists
         self._rows: dict[str, dict[str, Any]] = {}  # tensor name -> manifest row
         self._items: dict[str, list[str]] = {}  # finished items -> their tensors
         self._lock: IO[str] | None = None
