@@ -9,8 +9,8 @@ BIN := .venv/bin
 .PHONY: demo test test-live lint types env env-hf weights clean
 
 demo: env
-	@$(BIN)/python scripts/demo.py --max-new-tokens $(MAX_NEW_TOKENS) -- "$$QUESTION"
-demo: export QUESTION := $(QUESTION)
+	@$(BIN)/python scripts/demo.py --max-new-tokens $(MAX_NEW_TOKENS) -- "$$DEMO_QUESTION"
+demo: export DEMO_QUESTION := $(value QUESTION)
 
 test: lint types weights
 	$(BIN)/python -m pytest --ignore tests/live
