@@ -95,11 +95,11 @@ def generate(
     *,
     sampler: Any = Greedy(),
     max_new_tokens: int,
-    token_limits: Array | None = None,
-    eos_token_ids: Sequence[int] | Array = (),
-    stop_sequences: Sequence[Sequence[int]] | Array = (),
+    token_limits: ArrayLike | None = None,
+    eos_token_ids: Sequence[int | Array] | ArrayLike = (),
+    stop_sequences: Sequence[Sequence[int | Array]] | ArrayLike = (),
     max_len: int | None = None,
-    pad_token_id: int | Array = 0,
+    pad_token_id: int | ArrayLike = 0,
 ) -> Generation:
     """Continues every prompt until it ends or `max_new_tokens` are out; pure, so usable inside `jit`.
 
@@ -121,25 +121,14 @@ def generate(
     Raises:
       ValueError: shapes or sizes that do not fit together.
     """
-    batch = _check_prompt(tokens, lengths, max_new_tokens, max_len)
-    arguments = (
-        params,
-        sampler,
-        tokens,
-        lengths,
-        _row_keys(key, batch),
-        _limits(token_limits, batch, max_new_tokens),
-        jnp.asarray(eos_token_ids, jnp.int32).reshape(-1),
-        _pad_stops(stop_sequences),
-        jnp.asarray(pad_token_id, jnp.int32),
-    )
+    _check_sizes(tokens, lengths, max_new_tokens, max_len)
+    arrays = _arrays(tokens, lengths, key, max_new_tokens, token_limits, eos_token_ids, stop_sequences, pad_token_id)
 
-    def run(*arguments):
-        state = _prefill(config, max_new_tokens, max_len, *arguments)
-        sampler = arguments[1]
-        return decode(arguments[0], config, state, max_new_tokens, sampler=sampler).output
+    def run(params, sampler, *arrays):
+        state = _prefill(config, max_new_tokens, max_len, params, sampler, *arrays)
+        return decode(params, config, state, max_new_tokens, sampler=sampler).output
 
-    return foldable(run)(*arguments)
+    return foldable(run)(params, sampler, *arrays)
 
 
 def prefill(
@@ -151,28 +140,16 @@ def prefill(
     *,
     sampler: Any = Greedy(),
     max_new_tokens: int,
-    token_limits: Array | None = None,
-    eos_token_ids: Sequence[int] | Array = (),
-    stop_sequences: Sequence[Sequence[int]] | Array = (),
+    token_limits: ArrayLike | None = None,
+    eos_token_ids: Sequence[int | Array] | ArrayLike = (),
+    stop_sequences: Sequence[Sequence[int | Array]] | ArrayLike = (),
     max_len: int | None = None,
-    pad_token_id: int | Array = 0,
+    pad_token_id: int | ArrayLike = 0,
 ) -> DecodeState:
     """Reads the prompts and draws the first token of every row; arguments as for `generate`."""
-    batch = _check_prompt(tokens, lengths, max_new_tokens, max_len)
-    return _prefill(
-        config,
-        max_new_tokens,
-        max_len,
-        params,
-        sampler,
-        tokens,
-        lengths,
-        _row_keys(key, batch),
-        _limits(token_limits, batch, max_new_tokens),
-        jnp.asarray(eos_token_ids, jnp.int32).reshape(-1),
-        _pad_stops(stop_sequences),
-        jnp.asarray(pad_token_id, jnp.int32),
-    )
+    _check_sizes(tokens, lengths, max_new_tokens, max_len)
+    arrays = _arrays(tokens, lengths, key, max_new_tokens, token_limits, eos_token_ids, stop_sequences, pad_token_id)
+    return _prefill(config, max_new_tokens, max_len, params, sampler, *arrays)
 
 
 def _prefill(
@@ -189,7 +166,6 @@ def _prefill(
     stop_sequences: Array,
     pad_token_id: Array,
 ) -> DecodeState:
-    tokens, lengths = tokens.astype(jnp.int32), lengths.astype(jnp.int32)
     batch, prompt_len = tokens.shape
     sampler_state = sampler.init_(batch)
     if hasattr(sampler, "observe"):
@@ -365,19 +341,42 @@ def _logprob(scores: Array, tokens: Array) -> Array:
     return picked - jax.nn.logsumexp(scores, axis=-1)
 
 
-def _check_prompt(tokens: Array, lengths: Array, max_new_tokens: int, max_len: int | None) -> int:
+def _check_sizes(tokens: ArrayLike, lengths: ArrayLike, max_new_tokens: int, max_len: int | None) -> None:
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise ValueError(f"tokens must be [batch, prompt_len], neither of them 0; got {tokens.shape}")
-    batch, prompt_len = tokens.shape
-    if lengths.shape != (batch,):
+    if lengths.shape != tokens.shape[:1]:
         raise ValueError(f"lengths must be [batch] like tokens {tokens.shape}; got {lengths.shape}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
-    if max_len is not None and max_len < prompt_len + max_new_tokens:
-        raise ValueError(
-            f"max_len must be at least prompt_len + max_new_tokens = {prompt_len} + {max_new_tokens}; got {max_len}"
-        )
-    return batch
+    needed = tokens.shape[1] + max_new_tokens
+    if max_len is not None and max_len < needed:
+        raise ValueError(f"max_len must be at least prompt_len + max_new_tokens = {needed}; got {max_len}")
+
+
+def _arrays(
+    tokens: ArrayLike,
+    lengths: ArrayLike,
+    key: Array,
+    max_new_tokens: int,
+    token_limits: ArrayLike | None,
+    eos_token_ids: Sequence[int | Array] | ArrayLike,
+    stop_sequences: Sequence[Sequence[int | Array]] | ArrayLike,
+    pad_token_id: int | ArrayLike,
+) -> tuple[Array, ...]:
+    """The arguments of `generate` as the arrays that `_prefill` takes, in its order."""
+    batch = tokens.shape[0]
+    limits = jnp.full(batch, max_new_tokens, jnp.int32)
+    if token_limits is not None:
+        limits = jnp.minimum(limits, jnp.asarray(token_limits, jnp.int32))
+    return (
+        jnp.asarray(tokens, jnp.int32),
+        jnp.asarray(lengths, jnp.int32),
+        _row_keys(key, batch),
+        limits,
+        jnp.asarray(eos_token_ids, jnp.int32).reshape(-1),
+        _pad_stops(stop_sequences),
+        jnp.asarray(pad_token_id, jnp.int32),
+    )
 
 
 def _row_keys(key: Array, batch: int) -> Array:
@@ -391,14 +390,7 @@ def _row_keys(key: Array, batch: int) -> Array:
     return key
 
 
-def _limits(token_limits: Array | None, batch: int, max_new_tokens: int) -> Array:
-    if token_limits is None:
-        return jnp.full(batch, max_new_tokens, jnp.int32)
-    limits = jnp.broadcast_to(jnp.asarray(token_limits, jnp.int32), (batch,))
-    return jnp.minimum(limits, max_new_tokens)
-
-
-def _pad_stops(stop_sequences: Sequence[Sequence[int]] | Array) -> Array:
+def _pad_stops(stop_sequences: Sequence[Sequence[int | Array]] | ArrayLike) -> Array:
     """[num_stops, stop_len] int32, short sequences padded in front with -1."""
     if isinstance(stop_sequences, jax.Array | np.ndarray):
         return jnp.asarray(stop_sequences, jnp.int32)

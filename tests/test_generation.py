@@ -217,7 +217,7 @@ def test_dynamic_rope_reads_each_rows_own_length():
         ({"tokens": jnp.zeros((2, 0), int)}, "neither of them 0"),
         ({"lengths": jnp.ones(3, int)}, r"lengths must be \[batch\]"),
         ({"max_new_tokens": 0}, "at least 1; got 0"),
-        ({"max_len": 9}, r"prompt_len \+ max_new_tokens = 8 \+ 4; got 9"),
+        ({"max_len": 9}, r"prompt_len \+ max_new_tokens = 12; got 9"),
         ({"key": jax.random.split(KEY, 3)}, r"one a row, \[2\]"),
         ({"stop_sequences": [[]]}, "at least one token"),
         ({"config": tiny_config(model_type="gpt9")}, "no model for model_type 'gpt9'; there are llama"),

@@ -113,7 +113,7 @@ def test_shard_map_over_two_devices_equals_one(model):
     same(out, run(params, tokens, lengths, keys))
 
 
-def test_a_step_copies_no_cache(model):
+def test_a_step_copies_no_cache(as_users_call_it, model):
     params, config = model
     tokens, lengths = prompts(LENGTHS[:2])
     state = jit_prefill(params, config, tokens, lengths, KEY, max_new_tokens=4, max_len=20_000)
