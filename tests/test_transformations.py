@@ -164,7 +164,7 @@ def test_another_length_temperature_seed_or_weight_set_compiles_nothing(model):
         assert compilations.count > 0
 
 
-def test_a_layer_is_traced_once_for_all_layers(model, monkeypatch):
+def test_a_layer_is_traced_once_for_all_layers(as_users_call_it, model, monkeypatch):
     params, config = model
     calls = []
     bind = engine.bind_layer
