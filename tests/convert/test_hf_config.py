@@ -1,0 +1,152 @@
+"""config.json in all its spellings."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+from made import small_case, tiny_hf
+
+from convert import ConversionError
+from convert.hf_config import parse_config, to_hf_config
+from jaxdecode.config import ModelConfig, RopeConfig
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN_FACTOR = 0.1 * math.log(4) + 1
+# changes to a config.json of max_position_embeddings 64 and rope_theta 10000 -> what they mean
+ROPES: dict[str, tuple[dict, RopeConfig]] = {
+    "nothing said": ({"rope_theta": None}, RopeConfig()),
+    "theta": ({"rope_theta": 5e5}, RopeConfig(theta=5e5)),
+    "theta in rope_parameters wins": ({"rope_parameters": {"rope_theta": 7.0}}, RopeConfig(theta=7.0)),
+    "rope_scaling wins over rope_parameters": (
+        {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_theta": 7.0}},
+        RopeConfig(kind="linear", factor=2.0),
+    ),
+    "empty rope_scaling is none": ({"rope_scaling": {}, "rope_parameters": {"rope_theta": 7}}, RopeConfig(theta=7.0)),
+    "type default": ({"rope_scaling": {"rope_type": "default"}}, RopeConfig()),
+    "rope_type wins over type": (
+        {"rope_scaling": {"type": "su", "rope_type": "linear", "factor": 3.0}},
+        RopeConfig(kind="linear", factor=3.0),
+    ),
+    "dynamic starts at max_position_embeddings": (
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 9}},
+        RopeConfig(kind="dynamic", factor=2.0, original_max_len=64),
+    ),
+    "llama3 without an original length": (
+        {"rope_scaling": LLAMA3}, RopeConfig(kind="llama3", factor=8.0, original_max_len=64),
+    ),
+    "the original length beside the parameters wins": (
+        {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 16}, "original_max_position_embeddings": 32},
+        RopeConfig(kind="llama3", factor=8.0, original_max_len=32),
+    ),
+    "yarn": ({"rope_scaling": YARN}, RopeConfig(kind="yarn", factor=4.0, original_max_len=16, attention_factor=YARN_FACTOR)),
+    "yarn with nulls": (
+        {"rope_scaling": YARN | {"beta_fast": None, "attention_factor": None, "mscale": None}},
+        RopeConfig(kind="yarn", factor=4.0, original_max_len=16, attention_factor=YARN_FACTOR),
+    ),
+    "yarn's factor from the lengths": (
+        {"rope_scaling": YARN | {"factor": None}},
+        RopeConfig(kind="yarn", factor=4.0, original_max_len=16, attention_factor=YARN_FACTOR),
+    ),
+    "yarn, everything said": (
+        {"rope_parameters": YARN | {"beta_fast": 8, "beta_slow": 2, "truncate": False, "attention_factor": 1.5}},
+        RopeConfig(kind="yarn", factor=4.0, original_max_len=16, beta_fast=8.0, beta_slow=2.0, truncate=False,
+                   attention_factor=1.5),
+    ),
+    "yarn with mscale": (
+        {"rope_scaling": YARN | {"mscale": 2.0, "mscale_all_dim": 0.5}},
+        RopeConfig(kind="yarn", factor=4.0, original_max_len=16,
+                   attention_factor=(0.2 * math.log(4) + 1) / (0.05 * math.log(4) + 1)),
+    ),
+    "mscale alone counts for nothing": (
+        {"rope_scaling": YARN | {"mscale": 2.0}},
+        RopeConfig(kind="yarn", factor=4.0, original_max_len=16, attention_factor=YARN_FACTOR),
+    ),
+    "the same rule for both layer types": (
+        {"rope_parameters": {"full_attention": {"rope_theta": 7.0}, "sliding_attention": {"rope_theta": 7.0}}},
+        RopeConfig(theta=7.0),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rope(name):
+    changes, expected = ROPES[name]
+    rope = parse_config(small_case(**changes), {}).rope
+    assert rope.attention_factor == pytest.approx(expected.attention_factor)
+    assert dataclasses.replace(rope, attention_factor=1.0) == dataclasses.replace(expected, attention_factor=1.0)
+
+
+WINDOWS = {
+    "mistral says nothing: its default": ("mistral", {"sliding_window": ...}, (4096, 4096)),
+    "mistral null": ("mistral", {"sliding_window": None}, ()),
+    "mistral": ("mistral", {"sliding_window": 7}, (7, 7)),
+    "llama has none": ("llama", {"sliding_window": 7}, ()),
+    "qwen2 off": ("qwen2", {"sliding_window": 7, "max_window_layers": 0}, ()),
+    "qwen2 on": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}, (None, 7)),
+    "qwen2 beyond the last layer": ("qwen2", {"use_sliding_window": True, "sliding_window": 7}, ()),
+    "qwen3 layer_types": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
+        (7, None),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows(name):
+    family, changes, expected = WINDOWS[name]
+    config = {key: value for key, value in (tiny_hf.CASES[family] | changes).items() if value is not ...}
+    assert parse_config(config, {}).layer_windows == expected
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "expected"),
+    [
+        ("llama", {"num_key_value_heads": None}, {"num_kv_heads": 4}),
+        ("mistral", {"num_key_value_heads": None, "num_attention_heads": 16}, {"num_kv_heads": 8}),
+        ("llama", {"head_dim": None}, {"head_dim": 8}),
+        ("qwen3", {"head_dim": None}, {"head_dim": 128}),
+        ("llama", {"rms_norm_eps": None}, {"norm_eps": 1e-6}),
+        ("llama", {"attention_bias": True}, {"qkv_bias": True, "out_bias": True, "mlp_bias": False}),
+        ("llama", {"mlp_bias": True}, {"qkv_bias": False, "out_bias": False, "mlp_bias": True}),
+        ("qwen2", {"attention_bias": False}, {"qkv_bias": True, "out_bias": False, "qk_norm": False}),
+        ("qwen3", {"attention_bias": True}, {"qkv_bias": True, "out_bias": True, "qk_norm": True}),
+        ("llama", {"hidden_act": "gelu_new"}, {"activation": "gelu_tanh"}),
+        ("llama", {"eos_token_id": [3, 4]}, {"eos_token_ids": (3, 4)}),
+        ("llama", {"eos_token_id": None}, {"eos_token_ids": ()}),
+    ],
+)
+def test_fields(model_type, changes, expected):
+    config = parse_config(tiny_hf.CASES[model_type] | changes, {})
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_eos_tokens_of_both_files():
+    assert parse_config(small_case(eos_token_id=2), {"eos_token_id": [7, 2]}).eos_token_ids == (7, 2)
+    assert parse_config(small_case(eos_token_id=[2, 9]), {"eos_token_id": 7}).eos_token_ids == (7, 2, 9)
+
+
+@pytest.mark.parametrize("case", tiny_hf.CASES)
+def test_there_and_back(case):
+    config = parse_config(tiny_hf.CASES[case], {})
+    assert parse_config(to_hf_config(config, "float32"), {}) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "opt"}, "unknown model_type 'opt'"),
+        ({"model_type": "llama", "qkv_bias": True}, "no llama config.json means"),
+        ({"model_type": "llama", "layer_windows": (5, 5)}, "no llama config.json means"),
+        ({"model_type": "mistral", "layer_windows": (5, None)}, "no mistral config.json means"),
+        ({"model_type": "qwen3", "qk_norm": True, "layer_windows": (5, 6)}, r"one window length .* \[5, 6\]"),
+        ({"model_type": "llama", "rope": RopeConfig(kind="dynamic", factor=2.0, original_max_len=5)}, "dynamic rope"),
+    ],
+)
+def test_what_a_config_json_cannot_say(changes, message):
+    fields = dict(vocab_size=72, embed_dim=32, mlp_dim=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
+    with pytest.raises(ConversionError, match=message):
+        to_hf_config(ModelConfig(**fields, max_position=64, **changes), "float32")
