@@ -41,7 +41,9 @@ ROPES: dict[str, tuple[dict, RopeConfig]] = {
         {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 16}, "original_max_position_embeddings": 32},
         RopeConfig(kind="llama3", factor=8.0, original_max_len=32),
     ),
-    "yarn": ({"rope_scaling": YARN}, RopeConfig(kind="yarn", factor=4.0, original_max_len=16, attention_factor=YARN_FACTOR)),
+    "yarn": (
+        {"rope_scaling": YARN}, RopeConfig(kind="yarn", factor=4.0, original_max_len=16, attention_factor=YARN_FACTOR),
+    ),
     "yarn with nulls": (
         {"rope_scaling": YARN | {"beta_fast": None, "attention_factor": None, "mscale": None}},
         RopeConfig(kind="yarn", factor=4.0, original_max_len=16, attention_factor=YARN_FACTOR),
