@@ -49,7 +49,7 @@ def export(
         raise ConversionError(f"unknown dtype {dtype!r}; supported are {', '.join(DTYPES)}", "cannot export")
     try:
         refuse_existing(outdir)
-        config, manifest, views = load_config(checkpoint), load_manifest(checkpoint), tensor_views(checkpoint)
+        config, views, manifest = load_config(checkpoint), tensor_views(checkpoint), load_manifest(checkpoint)
     except ConversionError:
         raise
     except ValueError as error:

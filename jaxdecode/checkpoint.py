@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,16 +83,11 @@ def load_params(
       ValueError: not a checkpoint; or a weight file is missing, truncated, or not what the manifest or the
         model says.
     """
-    from jaxdecode.models import abstract_params
-
-    config, manifest = load_config(path), load_manifest(path)
-    views = _views(Path(path), manifest)
-    _check_complete(Path(path), views, flatten(abstract_params(config)))
-    placed = {}
+    views, placed = tensor_views(path), {}
     for name, array in views.items():
         where = sharding if isinstance(sharding, Sharding) or sharding is None else sharding(name)
         placed[name] = _place(array, dtype, where)
-    return unflatten(placed), config
+    return unflatten(placed), load_config(path)
 
 
 def verify_hashes(path: str | Path, progress: Callable[[int], None] | None = None) -> int:
@@ -129,7 +123,11 @@ def tensor_views(path: str | Path) -> dict[str, np.ndarray]:
     Raises:
       ValueError: as `load_params`.
     """
-    return _views(Path(path), load_manifest(path))
+    from jaxdecode.models import abstract_params
+
+    config, views = load_config(path), _views(Path(path), load_manifest(path))
+    _check_complete(Path(path), views, flatten(abstract_params(config)))
+    return views
 
 
 def flatten(params: Any, prefix: str = "") -> dict[str, Any]:
@@ -258,8 +256,3 @@ def save(path: str | Path, params: Params, config: ModelConfig, *, tokenizer_dir
         if tokenizer_dir is not None:
             writer.copy_tokenizer(Path(tokenizer_dir))
         writer.finish()
-
-
-def total_parameters(targets: Mapping[str, Any]) -> int:
-    """Number of scalars in a flat dict of arrays or shapes."""
-    return sum(math.prod(target.shape) for target in targets.values())

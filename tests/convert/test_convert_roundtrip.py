@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import made
@@ -60,6 +61,27 @@ def test_other_containers_give_the_same_hashes(write, case, tmp_path):
     convert(made.write_directory(tmp_path / "plain", config), tmp_path / "a")
     convert(write(tmp_path / "other", config), tmp_path / "b")
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+
+
+@pytest.mark.parametrize("chunk", [1, 1000, 5000])  # bytes: one row, and sizes that do not divide
+def test_chunks_add_up(chunk, tmp_path, monkeypatch):
+    config = tiny_hf.CASES["qwen3_bias"]
+    gguf_config = tiny_hf.CASES["llama"] | BIG_ENOUGH
+    sources = {
+        "plain": made.write_directory(tmp_path / "plain", config),
+        "bin": made.write_bin(tmp_path / "bin", config),
+        "gguf": made.write_gguf(tmp_path / "model.gguf", gguf_config, "Q8_0"),
+    }
+    for name, source in sources.items():
+        convert(source, tmp_path / f"{name}-whole", dtype="bfloat16")
+    export(tmp_path / "plain-whole", tmp_path / "back-whole")
+    monkeypatch.setattr("convert.weights.CHUNK_BYTES", chunk)
+    monkeypatch.setattr(sys.modules["convert.export"], "CHUNK_BYTES", chunk)  # convert.export is the function
+    for name, source in sources.items():
+        convert(source, tmp_path / f"{name}-chunks", dtype="bfloat16")
+        assert hashes(tmp_path / f"{name}-chunks") == hashes(tmp_path / f"{name}-whole")
+    export(tmp_path / "plain-chunks", tmp_path / "back-chunks")
+    assert_same_bytes(hf_weights(tmp_path / "back-chunks"), hf_weights(tmp_path / "back-whole"))
 
 
 def test_export_in_shards(tmp_path):
