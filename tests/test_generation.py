@@ -242,3 +242,20 @@ def test_params_are_plain_dicts_and_lists(model):
     assert type(params) is dict and walk(params)
     abstract = jax.eval_shape(lambda: init_params(config, KEY))
     assert jax.tree.map(lambda leaf: leaf.shape, abstract) == jax.tree.map(lambda leaf: leaf.shape, params)
+
+
+def test_the_module_can_be_differentiated(model):
+    """Policy gradients need it: the same parameters, teacher-forced, in reverse mode."""
+    params, config = model
+    tokens, _ = prompts([600, 600])
+    config = tiny_config(max_position=1024)
+
+    def loss(params):
+        logprobs = jax.nn.log_softmax(build(config, params)(tokens))
+        return -jnp.take_along_axis(logprobs[:, :-1], tokens[:, 1:, None], -1).mean()
+
+    gradient = jax.jit(jax.grad(loss))(params)
+    direction = jax.tree.map(lambda leaf: leaf / 1e3, gradient)
+    nudged = jax.tree.map(lambda leaf, step: leaf - step, params, direction)
+    drop = sum(jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True))
+    np.testing.assert_allclose(loss(params) - loss(nudged), drop, rtol=0.1)

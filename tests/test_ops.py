@@ -113,6 +113,28 @@ def test_a_mapped_activation_axis_leaves_the_weights_alone():
     assert (batched_left, batched_right) == ((), ())
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_mapped_axis_of_attention_becomes_more_rows(implementation):
+    """The loop over cache blocks stays one loop with a scalar bound, so it carries no selects."""
+    query, lengths = normal(0, 3, 2, 4, 16), jnp.asarray([[5, 600], [0, 1], [1100, 70]])
+    keys, values = normal(1, 3, 2, 2, 1100, 16), normal(2, 3, 2, 2, 1100, 16)
+
+    def attend(query, keys, values, lengths):
+        return decode_attention(query, keys, values, lengths, scale=0.25, implementation=implementation)
+
+    mapped = jax.vmap(attend, in_axes=(0, None, 0, 0))
+    out = mapped(query, keys[0], values, lengths)
+    for group in range(3):
+        expected = attend(query[group], keys[0], values[group], lengths[group])
+        np.testing.assert_allclose(out[group], expected, atol=1e-6)
+    flat = [x.reshape(6, *x.shape[2:]) for x in (query, keys, values, lengths)]
+    loops = [
+        jax.jit(f).lower(*a).as_text().count("stablehlo.select")
+        for f, a in ((attend, flat), (jax.vmap(attend), (query, keys, values, lengths)))
+    ]
+    assert loops[0] == loops[1]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

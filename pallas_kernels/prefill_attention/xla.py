@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 from jax import Array, lax
+
+from pallas_kernels.fold import fold_batch
 
 BLOCK_KV = 512  # long enough that the loop costs nothing, short enough that the scores of a chunk stay small
 
@@ -11,6 +15,10 @@ BLOCK_KV = 512  # long enough that the loop costs nothing, short enough that the
 def prefill_attention(
     query: Array, keys: Array, values: Array, positions: Array, *, scale: float, window: int | None
 ) -> Array:
+    return fold_batch(functools.partial(_attend, scale=scale, window=window))(query, keys, values, positions)
+
+
+def _attend(query: Array, keys: Array, values: Array, positions: Array, *, scale: float, window: int | None) -> Array:
     batch, q_len, num_heads, head_dim = query.shape
     num_kv_heads, max_len = keys.shape[1:3]
     block_kv = min(BLOCK_KV, max_len)
