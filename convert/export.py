@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,7 +18,8 @@ from convert.family import part_rows
 from convert.hf_config import FAMILIES, to_hf_config
 from convert.weights import CHUNK_BYTES, DTYPES
 from jaxdecode.checkpoint import load_config, load_manifest, tensor_views
-from jaxdecode.checkpoint_writer import refuse_existing, sync_dir
+from jaxdecode.checkpoint_journal import sync_dir
+from jaxdecode.checkpoint_writer import refuse_existing
 from jaxdecode.config import ModelConfig
 from jaxdecode.safetensors_file import numpy_dtype, plan_header, tensor_bytes
 
@@ -58,21 +60,29 @@ def export(
     hf_config = to_hf_config(config, stored)
     pieces = {name: piece for ours, view in views.items() for name, piece in _split(config, ours, view).items()}
     _check_room(pieces, dtype, outdir)
-    outdir.absolute().parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{outdir.name}.", dir=outdir.absolute().parent))
-    scratch.chmod(0o755)  # mkdtemp's own is private
-    try:
-        _write_weights(scratch, pieces, dtype, shard_bytes, progress)
-        _write_json(scratch / "config.json", hf_config)
-        _write_json(scratch / "generation_config.json", {"eos_token_id": hf_config["eos_token_id"]})
+    with _appearing(outdir) as folder:
+        _write_weights(folder, pieces, dtype, shard_bytes, progress)
+        _write_json(folder / "config.json", hf_config)
+        _write_json(folder / "generation_config.json", {"eos_token_id": hf_config["eos_token_id"]})
         for file in sorted((checkpoint / "tokenizer").glob("*")):
-            shutil.copyfile(file, scratch / file.name)
+            shutil.copyfile(file, folder / file.name)
+    return outdir
+
+
+@contextlib.contextmanager
+def _appearing(outdir: Path) -> Iterator[Path]:
+    """A scratch directory beside `outdir` that takes its name in the end, or is removed."""
+    parent = outdir.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{outdir.name}.", dir=parent))
+    try:
+        scratch.chmod(0o755)  # mkdtemp's own is private
+        yield scratch
         refuse_existing(outdir)
         os.rename(scratch, outdir)
-        sync_dir(outdir.absolute().parent)
+        sync_dir(parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return outdir
 
 
 def _split(config: ModelConfig, target: str, view: np.ndarray) -> _Pieces:

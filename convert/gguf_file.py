@@ -18,6 +18,7 @@ VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4  # ggml's own limit
+_Info = tuple[str, tuple[int, ...], int, int]  # name, shape, type code, offset in the data section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,10 @@ def read_gguf(path: Path) -> GgufFile:
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment <= 0 or alignment % 8:
         raise ConversionError(f"{path}: general.alignment must be a positive multiple of 8; got {alignment!r}")
-    data_start = -(-cursor.position // alignment) * alignment
+    return GgufFile(metadata, _tensors(path, cursor.data, table, -(-cursor.position // alignment) * alignment))
+
+
+def _tensors(path: Path, data: np.ndarray, table: list[_Info], data_start: int) -> dict[str, GgufTensor]:
     tensors: dict[str, GgufTensor] = {}
     problems: list[str] = []
     for name, shape, type_code, offset in table:
@@ -73,12 +77,12 @@ def read_gguf(path: Path) -> GgufFile:
             problems.append(f"{path}: tensor {name!r} appears twice")
             continue
         try:
-            tensors[name] = _tensor(path, cursor.data, name, shape, type_code, data_start + offset)
+            tensors[name] = _tensor(path, data, name, shape, type_code, data_start + offset)
         except ConversionError as error:
             problems += error.problems
     if problems:
         raise ConversionError(problems)
-    return GgufFile(metadata, tensors)
+    return tensors
 
 
 def _tensor(path: Path, data: np.ndarray, name: str, shape: tuple[int, ...], type_code: int, start: int) -> GgufTensor:
@@ -135,7 +139,7 @@ class _Cursor:
             raise ConversionError(f"{self.path}: truncated: an array claims {count} elements")
         return [self.value(inner, depth + 1) for _ in range(count)]
 
-    def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
+    def tensor_info(self) -> _Info:
         name = self.string()
         (dimensions,) = self.unpack("I")
         if dimensions > _MAX_DIMENSIONS:

@@ -49,13 +49,30 @@ def open_gguf(path: Path) -> Source:
         )
     factors = tensors.pop("rope_freqs.weight", None)
     config = _config(path, metadata, architecture, tensors)
-    if factors is not None:
+    if factors is not None and config["head_dim"] > 0:
         config |= _rope_from_factors(path, config, _rows(factors)(0, factors.shape[0]).astype(np.float64))
-    unpermute = architecture == "llama"
+    return Source(
+        path=path,
+        kind="GGUF",
+        config=config,
+        generation_config={},
+        tensors=_named(path, tensors, config, architecture),
+        problems=[f"{path}: {problem}" for problem in tokenizer_problems(metadata)],
+        fingerprint=fingerprint([path]),
+        write_tokenizer=lambda target: write_gguf_tokenizer(metadata, target),
+    )
+
+
+def _named(
+    path: Path, tensors: dict[str, GgufTensor], config: dict[str, Any], architecture: str
+) -> dict[str, SourceTensor]:
+    """Tensors under their Hugging Face names; llama.cpp interleaves the rows of llama's q and k."""
     named = {}
     for tensor in tensors.values():
         name = _hf_name(tensor.name)
-        read = _rows(tensor, config["head_dim"] if unpermute and re.search(r"\.attn_[qk]\.", tensor.name) else None)
+        read = _rows(
+            tensor, config["head_dim"] if architecture == "llama" and re.search(r"\.attn_[qk]\.", tensor.name) else None
+        )
         named[name] = SourceTensor(
             name=name,
             stored=tensor.type_name,
@@ -64,16 +81,7 @@ def open_gguf(path: Path) -> Source:
             where=path.name,
             read=read,
         )
-    return Source(
-        path=path,
-        kind="GGUF",
-        config=config,
-        generation_config={},
-        tensors=named,
-        problems=[f"{path}: {problem}" for problem in tokenizer_problems(metadata)],
-        fingerprint=fingerprint([path]),
-        write_tokenizer=lambda target: write_gguf_tokenizer(metadata, target),
-    )
+    return named
 
 
 def _config(path: Path, metadata: dict[str, Any], architecture: str, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
@@ -120,7 +128,7 @@ def _config(path: Path, metadata: dict[str, Any], architecture: str, tensors: di
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"), "eos_token_id": _eos(metadata),
     }  # fmt: skip
     if get("rope.dimension_count", head_dim) != head_dim:
-        config["partial_rotary_factor"] = get("rope.dimension_count") / head_dim
+        config["partial_rotary_factor"] = get("rope.dimension_count") / max(head_dim, 1)
     if get("expert_count"):
         raise ConversionError(f"{path} is a mixture of {get('expert_count')} experts; only dense models are supported")
     return config
@@ -142,6 +150,8 @@ def _rope_scaling(path: Path, get) -> dict[str, Any] | None:
     if kind in (None, "none") and not (kind is None and factor and factor != 1.0):
         return None
     kind = kind or "linear"
+    if not factor or factor < 0:
+        raise ConversionError(f"{path}: rope scaling {kind!r} needs a positive factor; got {factor}")
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     if kind != "yarn":

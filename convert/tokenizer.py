@@ -61,7 +61,7 @@ def tokenizer_problems(metadata: dict[str, Any]) -> list[str]:
         problems += _bad_merges(values, set(tokens))
     for name in ("bos", "eos", "unknown", "padding"):
         index = metadata.get(f"{_PREFIX}{name}_token_id", 0)
-        if not isinstance(index, int) or index >= len(tokens):
+        if not isinstance(index, int) or not 0 <= index < len(tokens):
             problems.append(f"the tokenizer's {name}_token_id {index!r:.80} is outside its {len(tokens)} tokens")
     return problems
 

@@ -13,6 +13,7 @@ import io
 import pickle
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,12 @@ def read_torch_file(path: Path) -> dict[str, SourceTensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             return _read_archive(path, archive)
-    except zipfile.BadZipFile as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        RuntimeError,
+    ) as error:  # RuntimeError: features that zipfile lacks
         raise ConversionError(f"{path} is a truncated or damaged torch archive: {error}") from error
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxdecode import safetensors_file
 from jaxdecode.checkpoint import FORMAT_VERSION
+from jaxdecode.checkpoint_journal import append_line, begin_journal, read_journal, sync, sync_dir
 from jaxdecode.config import ModelConfig
 
 Specs = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor name -> (dtype name, shape)
@@ -119,7 +120,7 @@ class CheckpointWriter:
                     "file": f"weights/{file.name}",
                     "sha256": _write_tensor(output, name, entry, chunks(name)),
                 }
-            _sync(output)
+            sync(output)
         os.replace(temporary, file)
         sync_dir(self._weights)
         self._note({"item": item, "tensors": rows})
@@ -174,7 +175,7 @@ class CheckpointWriter:
     def _take_over(self) -> None:
         """Continue a journal with our header; clear anything else."""
         journal = self.partial / "journal.jsonl"
-        lines = _read_journal(journal)
+        lines = read_journal(journal)
         if not lines or self._header["identity"] is None or lines[0] != self._header:
             self.restarted = bool(lines)
             for child in self.partial.iterdir():
@@ -183,12 +184,8 @@ class CheckpointWriter:
             lines = []
         self._weights.mkdir(parents=True, exist_ok=True)
         kept = [line for line in lines[1:] if self._intact(line)]
-        temporary = journal.with_suffix(".tmp")
-        with temporary.open("w") as file:  # rewritten whole: a killed run may have left half a line
-            file.writelines(json.dumps(line) + "\n" for line in [self._header, *kept])
-            _sync(file)
-        os.replace(temporary, journal)
-        self._journal = journal.open("a")
+        # written anew: a killed run may have left half a line
+        self._journal = begin_journal(journal, [self._header, *kept])
         for line in kept:
             self._remember(line)
 
@@ -204,8 +201,7 @@ class CheckpointWriter:
 
     def _note(self, line: dict[str, Any]) -> None:
         assert self._journal is not None, "write_item is called inside the context"
-        self._journal.write(json.dumps(line) + "\n")
-        _sync(self._journal)
+        append_line(self._journal, line)
         self._remember(line)
 
     def _remember(self, line: dict[str, Any]) -> None:
@@ -280,39 +276,11 @@ def _write_orbax_items(scratch: Path, target: Path, items: dict[str, Any]) -> No
     scratch.rmdir()
 
 
-def _read_journal(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        return []
-    for line in text.splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:  # half a line: its run was killed while writing it
-            break
-    return lines
-
-
 def _is_still(file: IO[Any], path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
-
-
-def _sync(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_dir(path: Path) -> None:
-    """Put a directory's entries on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _version() -> str:
