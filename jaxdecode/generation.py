@@ -273,7 +273,10 @@ def score(
         cache, logprobs = carry
         x, cache = extend(params, config, cache, lax.dynamic_slice_in_dim(padded, start, size, 1), start, lengths)
         chunk = lax.dynamic_slice_in_dim(targets, start, size, 1)
-        picked = _logprob(logits(params, config, x), chunk)
+        # A few positions at a time: the scores of a whole chunk would be the largest array of all.
+        pieces = [part.reshape(batch, -1, min(sizes), *part.shape[2:]).swapaxes(0, 1) for part in (x, chunk)]
+        picked = lax.map(lambda piece: _logprob(logits(params, config, piece[0]), piece[1]), tuple(pieces))
+        picked = picked.swapaxes(0, 1).reshape(batch, size)
         return cache, lax.dynamic_update_slice_in_dim(logprobs, picked, start, 1)
 
     cache = init_cache(config, batch, padded.shape[1], _dtype(params))
