@@ -146,7 +146,6 @@ class CheckpointWriter:
           ValueError: something else appeared at the destination in the meantime.
         """
         checkpoint = self.partial / "checkpoint"
-        self._drop_strangers()
         _write_orbax_items(
             self.partial / "items",
             checkpoint,
@@ -207,11 +206,6 @@ class CheckpointWriter:
     def _remember(self, line: dict[str, Any]) -> None:
         self._items[line["item"]] = list(line["tensors"])
         self._rows |= line["tensors"]
-
-    def _drop_strangers(self) -> None:
-        for file in self._weights.iterdir():  # a half-written item of a killed run
-            if file.suffix != ".safetensors" or file.stem not in self._items:
-                file.unlink()
 
     def _manifest(self) -> dict[str, Any]:
         rows = dict(sorted(self._rows.items()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -45,6 +46,19 @@ def test_weights_are_used_in_place(ours):
         assert views[name].ctypes.data % safetensors_file.ALIGNMENT == 0, name
         placed = checkpoint._place(views[name], None, None)
         assert placed.unsafe_buffer_pointer() == views[name].ctypes.data, name
+
+
+@pytest.mark.parametrize("name_length", range(1, 70, 7))
+def test_whole_tensors_start_aligned(name_length):
+    shapes = {"odd" * name_length: (1000, 3), "a": (16,), "b": (3,), "c": (8, 64), "empty": (0, 5)}
+    tensors = {name: ("bfloat16" if name != "a" else "float32", shape) for name, shape in shapes.items()}
+    header, entries = safetensors_file.plan_header(tensors)
+    assert len(header) % safetensors_file.ALIGNMENT == 0
+    for entry in entries.values():
+        whole = (entry.stop - entry.start) % safetensors_file.ALIGNMENT == 0
+        assert not whole or entry.start % safetensors_file.ALIGNMENT == 0
+    spans = sorted((entry.start, entry.stop) for entry in entries.values())
+    assert spans[0][0] == len(header) and all(a[1] == b[0] for a, b in itertools.pairwise(spans))
 
 
 def test_mapped_weights_outlive_what_mapped_them(ours):

@@ -13,7 +13,9 @@ import pytest
 from made import tiny_hf
 
 from convert import convert, export
-from convert.hf_config import FAMILIES, parse_config
+from convert.hf_config import FAMILIES, find_family, parse_config
+from convert.sources import open_source
+from convert.weights import chunks, make_plan
 from jaxdecode import checkpoint, safetensors_file
 
 BIG_ENOUGH = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 2}
@@ -82,6 +84,17 @@ def test_chunks_add_up(chunk, tmp_path, monkeypatch):
         assert hashes(tmp_path / f"{name}-chunks") == hashes(tmp_path / f"{name}-whole")
     export(tmp_path / "plain-chunks", tmp_path / "back-chunks")
     assert_same_bytes(hf_weights(tmp_path / "back-chunks"), hf_weights(tmp_path / "back-whole"))
+
+
+def test_no_chunk_is_larger_than_it_may_be(tmp_path, monkeypatch):
+    monkeypatch.setattr("convert.weights.CHUNK_BYTES", 1000)
+    source = open_source(made.write_gguf(tmp_path / "model.gguf", tiny_hf.CASES["llama"] | BIG_ENOUGH, "Q8_0"))
+    config = parse_config(source.config, {})
+    plan, problems = make_plan(source, config, find_family(source.config), None)
+    assert not problems
+    for target in plan.targets:
+        row = 4 * int(np.prod(target.shape[1:]))
+        assert all(chunk.nbytes <= max(1000, row) for chunk in chunks(target)), target.name
 
 
 def test_export_in_shards(tmp_path):
