@@ -16,17 +16,13 @@ if TYPE_CHECKING:
 
 
 def convert(
-    src: Annotated[
-        str, typer.Argument(help="Hugging Face model folder, GGUF file, or hub name (owner/model).")
-    ],
+    src: Annotated[str, typer.Argument(help="Hugging Face model folder, GGUF file, or hub name (owner/model).")],
     dst: Annotated[Path, typer.Argument(help="The checkpoint folder to make; it must not exist.")],
     dtype: Annotated[
         str | None,
         typer.Option(help="float32, bfloat16 or float16; by default the source's (float32 if quantised)."),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and print the plan, write nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the plan, write nothing.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Then compare logits and greedy tokens with transformers.")
     ] = False,
@@ -55,9 +51,7 @@ def convert(
     if done.restarted:
         console.print("An unfinished conversion of something else was in the way; it was thrown away.")
     if done.continued_items:
-        console.print(
-            f"Continued an interrupted run: {done.continued_items} weight files were there already."
-        )
+        console.print(f"Continued an interrupted run: {done.continued_items} weight files were there already.")
     console.print(f"Wrote {dst}", soft_wrap=True)
     if verify:
         _verify(console, dst, src)

@@ -13,9 +13,7 @@ from jaxdecode.cli.progress import transfer
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder that `jaxdecode convert` wrote.")],
     outdir: Annotated[Path, typer.Argument(help="The Hugging Face folder to make; it must not exist.")],
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; by default as stored.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default as stored.")] = None,
 ) -> None:
     """Write config.json, safetensors and tokenizer, which transformers loads."""
     from rich.console import Console

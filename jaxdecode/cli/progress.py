@@ -30,9 +30,7 @@ def transfer(console: Console, verb: str) -> Iterator[Callable[[int, int, str], 
     )
     with progress.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(verb, total=None)
-        yield lambda done, total, item: bar.update(
-            task, completed=done, total=total, description=f"{verb} {item}"
-        )
+        yield lambda done, total, item: bar.update(task, completed=done, total=total, description=f"{verb} {item}")
 
 
 def _lines(console: Console, verb: str) -> Callable[[int, int, str], None]:
