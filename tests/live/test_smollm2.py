@@ -120,14 +120,14 @@ def test_logits_at_every_position(compared):
 
 
 def test_logprobs_are_those_of_a_teacher_forced_pass(compared, batch):
-    tokens, lengths = compared.padded([compared.sequence(index) for index in range(len(compared.prompts))])
-    scores = np.asarray(jit_score(compared.params, compared.config, tokens, lengths))
     for index, prompt in enumerate(compared.prompts):
+        tokens, lengths = compared.padded([compared.sequence(index)])
+        scores = np.asarray(jit_score(compared.params, compared.config, tokens, lengths))[0]
         generated = slice(len(prompt) - 1, len(prompt) - 1 + NEW_TOKENS)
         theirs = compared.theirs[f"logprobs/{index}"]
-        np.testing.assert_allclose(batch.logprobs[index], scores[index, generated], rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(batch.logprobs[index], scores[generated], rtol=0, atol=TOLERANCE)
         np.testing.assert_allclose(batch.logprobs[index], theirs[generated], rtol=0, atol=TOLERANCE)
-        np.testing.assert_allclose(scores[index, : len(theirs)], theirs, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(scores[: len(theirs)], theirs, rtol=0, atol=TOLERANCE)
         step_logprobs = compared.theirs[f"step_logprobs/{index}"]
         np.testing.assert_allclose(batch.logprobs[index], step_logprobs, rtol=0, atol=TOLERANCE)
 
