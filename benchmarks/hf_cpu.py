@@ -115,13 +115,16 @@ def make_prompts(checkpoint: Path, batch: int, length: int) -> list[list[int]]:
 
 
 def choose_configuration(worker: Worker, request: dict, configurations: list[str]) -> tuple[str, dict[str, dict]]:
-    """The fastest way to run transformers, and how fast all of them are, each tried twice."""
+    """The fastest way to run transformers, and how fast all of them are: the better of two runs."""
     trials = {}
     for name in configurations:
         # The same shapes as the real run: a static cache of another size would compile again.
-        cold, warm = (worker.ask(**request, configuration=name) for _ in range(2))
-        trials[name] = {"tokens_per_second": _speed(warm), "first_call_extra_seconds": _seconds(cold) - _seconds(warm)}
-        trials[name] = {key: round(value, 2) for key, value in trials[name].items()}
+        cold, *warm = (worker.ask(**request, configuration=name) for _ in range(3))
+        best = max(warm, key=_speed)
+        trials[name] = {
+            "tokens_per_second": round(_speed(best), 2),
+            "first_call_extra_seconds": round(max(_seconds(cold) - _seconds(best), 0), 2),
+        }
     return max(trials, key=lambda name: trials[name]["tokens_per_second"]), trials
 
 
@@ -165,7 +168,7 @@ def _row(arguments, engine: str, versions: dict, runs: list[dict], batch: int, l
         "tokens_per_second_p20": low,
         "tokens_per_second_p80": high,
         "first_token_ms": round(1e3 * statistics.median(firsts), 2),
-        "first_call_extra_seconds": round(_seconds(warm_up) - _seconds(timed[-1]), 2),
+        "first_call_extra_seconds": round(max(_seconds(warm_up) - _seconds(timed[-1]), 0), 2),
         "batch": batch,
         "prompt_tokens": arguments.prompt_tokens,
         "new_tokens": arguments.new_tokens,
