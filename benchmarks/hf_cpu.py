@@ -178,7 +178,7 @@ def _row(arguments, engine: str, versions: dict, runs: list[dict], batch: int, l
         "device": device_name(),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": load,
-        "versions": versions | {"python": platform.python_version()},
+        "versions": versions,
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -5,6 +5,7 @@ python jaxdecode_engine.py CHECKPOINT
 
 from __future__ import annotations
 
+import platform
 import sys
 import time
 from typing import Any
@@ -23,7 +24,8 @@ def main(checkpoint: str) -> None:
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         if request["do"] == "describe":
-            return {"versions": {"jaxdecode": jaxdecode.__version__, "jax": jax.__version__}}
+            versions = {"jaxdecode": jaxdecode.__version__, "jax": jax.__version__}
+            return {"versions": versions | {"python": platform.python_version()}}
         return run(params, config, request["prompts"], request["new_tokens"])
 
     serve(answer)

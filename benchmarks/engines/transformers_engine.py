@@ -8,6 +8,7 @@ of ours is imported but the line protocol.
 
 from __future__ import annotations
 
+import platform
 import sys
 import time
 from typing import Any
@@ -35,6 +36,7 @@ def main(folder: str, threads: int) -> None:
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         if request["do"] == "describe":
             versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+            versions["python"] = platform.python_version()
             return {"versions": versions, "configurations": list(CONFIGURATIONS), "threads": torch.get_num_threads()}
         attention, cache, use_compiled = CONFIGURATIONS[request["configuration"]]
         model.set_attn_implementation(attention)
