@@ -16,8 +16,8 @@ _PATIENCE = 16  # tokens after which bytes that still form no character are show
 
 
 def load_tokenizer(folder: Path) -> Any | None:
-    """The transformers tokenizer saved in a folder, None if the folder does not exist."""
-    if not folder.is_dir():
+    """The transformers tokenizer saved in a folder, None if nothing is there."""
+    if not folder.is_dir() or not any(folder.iterdir()):
         return None
     os.environ.setdefault(
         "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"

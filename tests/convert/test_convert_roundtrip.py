@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from made import tiny_hf
 
+import jaxdecode
 from convert import convert, export
 from convert.hf_config import FAMILIES, find_family, parse_config
 from convert.sources import open_source
@@ -255,3 +256,9 @@ def test_loaded_weights_are_the_mapped_file(tmp_path):
     pointer = flat["layers.0.attention.qkv.weight"].unsafe_buffer_pointer()
     spans = [line.split() for line in maps if "layer_00000.safetensors" in line]
     assert any(int(a, 16) <= pointer < int(b, 16) for a, b in (span[0].split("-") for span in spans))
+
+
+def test_a_source_without_tokenizer_loads_without_one(tmp_path):
+    convert(made.write_directory(tmp_path / "source"), tmp_path / "out")
+    model = jaxdecode.load(tmp_path / "out")
+    assert model.tokenizer is None
