@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxdecode import generation, tokenizer
-from jaxdecode.checkpoint import load_config, load_params
+from jaxdecode.checkpoint import load_params
 from jaxdecode.compilation import enable_cache
 from jaxdecode.config import ModelConfig
 from jaxdecode.decoding import Buckets, Run, Timing
@@ -244,7 +244,6 @@ def load(path: str | Path, *, dtype: Any = None) -> LanguageModel:
     path = Path(path).expanduser()
     _check_checkpoint(path)
     enable_cache()
-    config = load_config(path)
     params, config = load_params(path, dtype=dtype)
     return LanguageModel(params, config, tokenizer.load_tokenizer(path / "tokenizer"))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -97,8 +96,3 @@ def params_of(model: nnx.Module) -> Params:
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     layers = params["layers"]
     return {**params, "layers": [layers[index] for index in range(len(layers))]}
-
-
-def cast(params: Params, dtype) -> Params:
-    """The same parameters in another floating-point type."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)

@@ -26,6 +26,10 @@ def linear(x: Array, weight: Array, bias: Array | None, *, residual: Array | Non
 
 
 def gated_linear(x: Array, weight: Array, bias: Array | None, *, activation: str) -> Array:
-    y = linear(x, weight, bias, residual=None, out_dtype=jnp.float32)
-    gate, up = jnp.split(y, 2, axis=-1)
-    return (ACTIVATIONS[activation](gate) * up).astype(x.dtype)
+    return gate(linear(x, weight, bias, residual=None, out_dtype=jnp.float32), activation).astype(x.dtype)
+
+
+def gate(y: Array, activation: str) -> Array:
+    """Splits y [..., 2 * n] into gate and up: activation(gate) * up."""
+    gates, up = jnp.split(y, 2, axis=-1)
+    return ACTIVATIONS[activation](gates) * up

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.flat_gemm.reference import ACTIVATIONS
+from pallas_kernels.flat_gemm.reference import gate
 
 
 def linear(x: Array, weight: Array, bias: Array | None, *, residual: Array | None, out_dtype) -> Array:
@@ -19,6 +19,4 @@ def linear(x: Array, weight: Array, bias: Array | None, *, residual: Array | Non
 
 
 def gated_linear(x: Array, weight: Array, bias: Array | None, *, activation: str) -> Array:
-    y = linear(x, weight, bias, residual=None, out_dtype=jnp.float32)
-    gate, up = jnp.split(y, 2, axis=-1)
-    return (ACTIVATIONS[activation](gate) * up).astype(x.dtype)
+    return gate(linear(x, weight, bias, residual=None, out_dtype=jnp.float32), activation).astype(x.dtype)

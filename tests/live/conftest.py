@@ -29,5 +29,5 @@ def smollm2_gguf() -> Path:
     default = Path(__file__).resolve().parents[2] / ".cache" / "smollm2" / GGUF_NAME
     path = Path(os.environ.get(GGUF_VARIABLE) or default)
     if not path.exists():
-        pytest.skip(f"{path} is missing: run `make weights`, or set {GGUF_VARIABLE}")
+        pytest.fail(f"{path} is missing: run `make weights`, or set {GGUF_VARIABLE}")
     return path
