@@ -9,6 +9,8 @@ import pytest
 # Read when JAX is first imported, so set before any test module is. Most of a test's time is LLVM's: the programs
 # are those that users run, only the machine code inside each is not optimised.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# A model loaded by one test must not switch the cache on for the tests that come after it.
+os.environ["JAXDECODE_CACHE_DIR"] = "off"
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),

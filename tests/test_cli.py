@@ -31,7 +31,6 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Runs a command; returns exit code, stdout and stderr."""
-    monkeypatch.setenv("JAXDECODE_CACHE_DIR", "off")
     monkeypatch.setenv("COLUMNS", "200")
 
     def call(*arguments, stdin=""):
@@ -49,9 +48,7 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def model(checkpoint):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAXDECODE_CACHE_DIR", "off")
-        return jaxdecode.load(checkpoint)
+    return jaxdecode.load(checkpoint)
 
 
 def test_generate_prints_the_text_on_stdout_and_the_times_on_stderr(run, checkpoint, model):

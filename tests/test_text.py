@@ -265,8 +265,7 @@ def test_load_says_how_to_convert(tmp_path):
         load(tmp_path / "empty")
 
 
-def test_a_saved_model_loads_and_generates_the_same(model, tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXDECODE_CACHE_DIR", "off")
+def test_a_saved_model_loads_and_generates_the_same(model, tmp_path):
     model.tokenizer.save_pretrained(tmp_path / "tokenizer")
     jaxdecode.save(tmp_path / "saved", model.params, model.config, tokenizer_dir=tmp_path / "tokenizer")
     again = load(tmp_path / "saved")
