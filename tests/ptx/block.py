@@ -1,0 +1,318 @@
+"""One thread block: threads side by side in numpy arrays, each with its own program counter.
+
+Among the threads that can run, those at the lowest program counter run together, until they would pass another that
+could join them. That brings threads together again after a branch as a GPU does, with no analysis of the program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ptx.faults import Fault
+from ptx.memory import ALIGNMENT, Memory, SharedMemory
+from ptx.program import Barrier, Branch, Exit, Program, Step
+from ptx.warp_ops import WARP
+
+READY, PARKED, WAITING, EXITED = range(4)
+SHARED_BASE = 1024
+MAX_STEPS = 5_000_000
+
+
+class Block:
+    """The state of a block's threads.
+
+    Attributes:
+      registers: one array [threads] a register, None until written.
+      active: [threads] who executes the current instruction; `index` holds their numbers, `full` if all.
+      committed: [threads] how many groups of asynchronous copies each thread has closed.
+    """
+
+    def __init__(self, launch, program: Program, place: tuple[int, int, int], number: int, size: tuple[int, int, int]):
+        self.launch, self.program, self.size, self.place = launch, program, size, place
+        self.threads = threads = size[0] * size[1] * size[2]
+        self.warps = -(-threads // WARP)
+        self.registers = [np.zeros(threads, dtype) for dtype in program.register_types]
+        self.everyone = np.arange(threads)
+        first_agent = 1 + number * self.warps
+        self.agents = first_agent + self.everyone // WARP
+        self.carry = np.zeros(threads, bool)
+        self.committed = np.zeros(threads, np.int64)
+        self.pc = np.zeros(threads, np.int64)
+        self.status = np.full(threads, READY)
+        self.yields = np.zeros(threads, np.int64)
+        self.barrier = np.full(threads, -1)
+        self.arrived: dict[int, list] = {}
+        self.steps = 0
+        self.shared = self._shared_memory(first_agent)
+        self.local = self._local_memory()
+        self.specials = self._special_registers()
+
+    def _shared_memory(self, first_agent: int) -> SharedMemory:
+        """Static variables, then the dynamic one, with bytes between them that belong to nobody."""
+        at, self.addresses = SHARED_BASE, {}
+        sizes = [(v, v.size or self.launch.dynamic_shared) for v in self.program.shared]
+        for variable, size in sorted(sizes, key=lambda pair: not pair[0].size):
+            at = -(-at // max(variable.align, ALIGNMENT)) * max(variable.align, ALIGNMENT)
+            self.addresses[variable.name] = (at, size)
+            at += size + ALIGNMENT
+        shared = SharedMemory(0, at, first_agent, self.warps)
+        for address, size in self.addresses.values():
+            shared.allocate(address, size)
+        return shared
+
+    def _local_memory(self) -> Memory:
+        at = 0
+        for variable in self.program.kernel.local:
+            at = -(-at // variable.align) * variable.align
+            self.addresses[variable.name] = (at, variable.size)
+            at += variable.size
+        self.local_size = -(-at // ALIGNMENT) * ALIGNMENT
+        local = Memory("local memory", 0, self.local_size * self.threads)
+        local.allocate(0, local.size)
+        return local
+
+    def _special_registers(self) -> dict[str, np.ndarray | int]:
+        t, (x, y, _) = self.everyone, self.size
+        values = {"%laneid": t % WARP, "%warpid": t // WARP, "%smid": 0, "%nsmid": 1, "%WARP_SZ": WARP}
+        lane = (t % WARP).astype(np.uint64)
+        one = np.uint64(1)
+        values["%lanemask_lt"] = (one << lane) - one
+        values["%lanemask_le"] = (one << (lane + one)) - one
+        values["%lanemask_eq"] = one << lane
+        values["%lanemask_ge"] = ~values["%lanemask_lt"] & np.uint64(0xFFFFFFFF)
+        values["%lanemask_gt"] = ~values["%lanemask_le"] & np.uint64(0xFFFFFFFF)
+        values["%dynamic_smem_size"] = self.launch.dynamic_shared
+        inside = (t % x, t // x % y, t // (x * y))
+        for i, axis in enumerate("xyz"):
+            values[f"%tid.{axis}"], values[f"%ntid.{axis}"] = inside[i], self.size[i]
+            values[f"%ctaid.{axis}"], values[f"%nctaid.{axis}"] = self.place[i], self.launch.grid[i]
+        return values
+
+    def symbol(self, name: str) -> np.ndarray | int:
+        """What a name stands for: a special register's value, or the address of a variable."""
+        if name in self.specials:
+            return self.specials[name]
+        if name in self.addresses:
+            return self.addresses[name][0]
+        return self.launch.symbol(name)
+
+    def memory(self, space: str, address: np.ndarray) -> tuple[Memory, np.ndarray]:
+        """The memory of a space and the active threads' addresses in it; each thread's local memory is its own."""
+        if space == "local":
+            return self.local, address + self.index * self.local_size
+        return (self.shared if space == "shared" else self.launch.memory), address
+
+    def set(self, register: int, value: np.ndarray) -> None:
+        self.registers[register] = value if self.full else np.where(self.active, value, self.registers[register])
+
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """Values of the active threads -> of all threads, whatever the others get."""
+        if self.full:
+            return values
+        spread = np.zeros((self.threads, *values.shape[1:]), values.dtype)
+        spread[self.index] = values
+        return spread
+
+    def read_flags(self, address: np.ndarray, acquire: bool) -> None:
+        for agent, each in zip(self.agents[self.index], address, strict=True):
+            self.launch.clocks.read_flag(int(agent), int(each))
+        if acquire:
+            self.launch.clocks.acquire(np.unique(self.agents[self.index]))
+
+    def write_flags(self, address: np.ndarray, release: bool) -> None:
+        if release:
+            self.launch.clocks.release(np.unique(self.agents[self.index]))
+        for agent, each in zip(self.agents[self.index], address, strict=True):
+            self.launch.clocks.write_flag(int(agent), int(each))
+
+    def wait_for_copies(self, left: int) -> None:
+        """The active threads wait until at most `left` of their closed groups are in flight (-1: none at all)."""
+        done = np.where(self.active, self.committed - left, -1)
+        self.shared.finish_copies(done, self.agents, self.launch.clocks)
+
+    def run(self) -> Iterator[str]:
+        """Runs to the end, stopping wherever another block may take its turn: at barriers and atomics.
+
+        Raises:
+          Fault: with the instruction at fault named.
+        """
+        with np.errstate(all="ignore"):
+            while self.choose():
+                try:
+                    yield from self.run_together()
+                except Fault as fault:
+                    if fault.where is not None:
+                        raise
+                    raise Fault(fault.kind, fault.message, self.describe()) from None
+
+    def describe(self) -> str:
+        threads = self.index
+        who = f"threads {threads[0]}…{threads[-1]}" if len(threads) > 1 else f"thread {threads[0]}"
+        return f"{self.program.text(self.at)}   (block {self.place}, {who})"
+
+    def choose(self) -> bool:
+        """Picks the threads to run next; False when all have left.
+
+        Threads that went through fewer atomics come first, so that one that waits in a loop lets the others work.
+        """
+        ready = self.status == READY
+        if not ready.any():
+            if (self.status == EXITED).all():
+                return False
+            raise Fault("deadlock", self.stuck(), None)
+        fewest = self.yields[ready].min()
+        self.at = int(self.pc[ready & (self.yields == fewest)].min())
+        can_join = ready | (self.status == PARKED)
+        self.take((self.pc == self.at) & can_join)
+        self.status[self.group] = READY
+        others = self.pc[can_join & ~self.group]
+        self.limit = int(others[others > self.at].min(initial=len(self.program.steps)))
+        self.alone = len(others) == 0
+        return True
+
+    def take(self, group: np.ndarray) -> None:
+        self.group = self.active = group
+        self.group_full = self.full = bool(group.all())
+        self.group_index = self.index = self.everyone if self.full else np.flatnonzero(group)
+
+    def stuck(self) -> str:
+        waiting = [f"{(self.barrier[self.status == WAITING] == b).sum()} threads at barrier {b}" for b in self.arrived]
+        parked = int((self.status == PARKED).sum())
+        return "; ".join([*waiting, *([f"{parked} threads wait for the rest of their warp"] if parked else [])])
+
+    def run_together(self) -> Iterator[str]:
+        """Runs the chosen threads until they part, wait, leave, or come to where others stand."""
+        steps = self.program.steps
+        while True:
+            step: Step = steps[self.at]
+            self.count_step()
+            if step.predicate is not None:
+                holds = self.registers[step.predicate.index] ^ step.predicate.negated
+                self.active = self.group & holds
+                self.full = self.group_full and bool(holds.all())
+                self.index = self.everyone if self.full else np.flatnonzero(self.active)
+            if step.control is not None:
+                if not (yield from self.control(step)):
+                    return
+            else:
+                if len(self.index):
+                    if step.members is not None and not self.gather(step):
+                        return
+                    step.run(self)
+                self.at += 1
+                if step.yields:
+                    self.pc[self.group] = self.at
+                    self.yields[self.group] += 1
+                    yield "atomic"
+                    return
+            if step.predicate is not None:
+                self.active, self.full, self.index = self.group, self.group_full, self.group_index
+            if self.at >= self.limit and not self.alone:
+                self.pc[self.group] = self.at
+                return
+
+    def count_step(self) -> None:
+        self.steps += 1
+        if self.steps > MAX_STEPS:
+            raise Fault("deadlock", f"still running after {MAX_STEPS} instructions")
+
+    def gather(self, step: Step) -> bool:
+        """Whether the lanes the instruction names are all here; if not, those that are wait for the others."""
+        members = np.broadcast_to(step.members(self), self.threads)[self.index]
+        here = np.zeros((self.warps, WARP), bool)
+        here.reshape(-1)[self.index] = True
+        wanted = np.zeros((self.warps, WARP), bool)
+        named = (members[:, None] >> np.arange(WARP, dtype=np.uint32) & np.uint32(1)).astype(bool)
+        wanted[self.index // WARP] = named
+        alive = np.zeros(self.warps * WARP, bool)
+        alive[: self.threads] = self.status != EXITED
+        missing = (wanted & ~here & alive.reshape(self.warps, WARP)).any(axis=1)
+        if not missing.any():
+            return True
+        if step.predicate is not None or step.aligned:
+            raise Fault("divergent", "an instruction for a whole warp, executed by a part of it")
+        parked = self.group & missing[self.everyone // WARP]
+        self.pc[self.group] = self.at
+        self.status[parked] = PARKED
+        return False
+
+    def control(self, step: Step) -> Iterator[str]:
+        """Branches, exits and barriers. Returns whether the same threads go on together."""
+        match step.control:
+            case Branch(target):
+                return self.branch(target)
+            case Exit():
+                return (yield from self.leave())
+            case Barrier():
+                return (yield from self.meet(step.control))
+            case _:
+                if len(self.index):
+                    raise Fault("trap", "the program stopped itself")
+                self.at += 1
+                return True
+
+    def branch(self, target: int) -> bool:
+        if not len(self.index):
+            self.at += 1
+            return True
+        if len(self.index) == len(self.group_index):
+            together = self.alone or self.at < target <= self.limit
+            self.at = target
+            if not together:
+                self.pc[self.group] = target
+            return together
+        self.pc[self.group] = self.at + 1
+        self.pc[self.active] = target
+        return False
+
+    def leave(self) -> Iterator[str]:
+        self.pc[self.group] = self.at + 1
+        self.status[self.active] = EXITED
+        self.release_barriers()
+        yield "exit"
+        return False
+
+    def meet(self, barrier: Barrier) -> Iterator[str]:
+        """The active threads arrive; they wait unless `barrier.arrive`."""
+        number = int(np.broadcast_to(barrier.number(self), self.threads)[self.index[0]]) if len(self.index) else 0
+        if len(self.index):
+            self.arrive(barrier, number)
+        self.pc[self.group] = self.at + 1
+        self.release_barriers()
+        yield "barrier"
+        return False
+
+    def arrive(self, barrier: Barrier, number: int) -> None:
+        here = self.agents[self.index]
+        alive = self.agents[self.status != EXITED]
+        if barrier.aligned and (np.isin(alive, here).sum() != len(here)):
+            raise Fault("divergent", f"barrier {number} reached by a part of a warp")
+        count = None
+        if barrier.count is not None:
+            count = int(np.broadcast_to(barrier.count(self), self.threads)[self.index[0]])
+            if count % WARP or not 0 < count <= self.warps * WARP:
+                raise Fault("barrier", f"barrier {number} counts {count} threads of {self.threads}")
+        arrivals, expected, known = self.arrived.get(number, (0, count, 0))
+        if expected != count:
+            raise Fault("barrier", f"barrier {number} counts {count} threads here and {expected} elsewhere")
+        known = np.maximum(known, self.launch.clocks.arrive(np.unique(here)))
+        self.arrived[number] = [arrivals + len(here), count, known]
+        if not barrier.arrive:
+            self.status[self.active] = WAITING
+            self.barrier[self.active] = number
+
+    def release_barriers(self) -> None:
+        for number, (arrivals, count, known) in list(self.arrived.items()):
+            waiting = (self.status == WAITING) & (self.barrier == number)
+            if count is None:
+                complete = (waiting | (self.status == EXITED)).all()
+            else:
+                complete = arrivals == count
+                if arrivals > count:
+                    raise Fault("barrier", f"{arrivals} threads arrived at barrier {number}, which counts {count}")
+            if complete:
+                del self.arrived[number]
+                self.launch.clocks.learn(np.unique(self.agents[waiting]), known)
+                self.status[waiting] = READY
