@@ -50,10 +50,14 @@ class Block:
         self.specials = self._special_registers()
 
     def _shared_memory(self, first_agent: int) -> SharedMemory:
-        """Static variables, then the dynamic one, with bytes between them that belong to nobody."""
+        """Static variables, then the dynamic one, with bytes between them that belong to nobody.
+
+        CUDA C++ declares the dynamic memory as an array without a size, Mosaic GPU as a single byte.
+        """
         at, self.addresses = SHARED_BASE, {}
-        sizes = [(v, v.size or self.launch.dynamic_shared) for v in self.program.shared]
-        for variable, size in sorted(sizes, key=lambda pair: not pair[0].size):
+        dynamic = self.launch.dynamic_shared
+        sizes = [(v, dynamic if v.size == 0 or (v.size == 1 and dynamic) else v.size) for v in self.program.shared]
+        for variable, size in sizes:
             at = -(-at // max(variable.align, ALIGNMENT)) * max(variable.align, ALIGNMENT)
             self.addresses[variable.name] = (at, size)
             at += size + ALIGNMENT
