@@ -387,6 +387,16 @@ def _three_way_logic(instruction: Instruction) -> Run:
     return elementwise(instruction, compute, [type_, type_, type_, "u32"], type_)
 
 
+@rule("sad")
+def _sum_of_difference(instruction: Instruction) -> Run:
+    (type_,) = known(instruction)
+
+    def compute(a, b, c):
+        return c + np.where(a < b, b - a, a - b).astype(c.dtype)
+
+    return elementwise(instruction, compute, [type_, type_, type_], type_)
+
+
 @rule("dp4a")
 def _dot_of_bytes(instruction: Instruction) -> Run:
     first, second = known(instruction)

@@ -43,7 +43,7 @@ class Block:
         self.status = np.full(threads, READY)
         self.yields = np.zeros(threads, np.int64)
         self.barrier = np.full(threads, -1)
-        self.arrived: dict[int, list] = {}
+        self.arrived: dict[int, tuple] = {}
         self.steps = 0
         self.shared = self._shared_memory(first_agent)
         self.local = self._local_memory()
@@ -298,17 +298,19 @@ class Block:
             count = int(np.broadcast_to(barrier.count(self), self.threads)[self.index[0]])
             if count % WARP or not 0 < count <= self.warps * WARP:
                 raise Fault("barrier", f"barrier {number} counts {count} threads of {self.threads}")
-        arrivals, expected, known = self.arrived.get(number, (0, count, 0))
+        arrivals, expected, known, votes = self.arrived.get(number, (0, count, 0, []))
         if expected != count:
             raise Fault("barrier", f"barrier {number} counts {count} threads here and {expected} elsewhere")
         known = np.maximum(known, self.launch.clocks.arrive(np.unique(here)))
-        self.arrived[number] = [arrivals + len(here), count, known]
+        if barrier.reduce:
+            votes = [*votes, np.broadcast_to(barrier.reduce.read(self), self.threads)[self.index]]
+        self.arrived[number] = (arrivals + len(here), count, known, votes)
         if not barrier.arrive:
             self.status[self.active] = WAITING
             self.barrier[self.active] = number
 
     def release_barriers(self) -> None:
-        for number, (arrivals, count, known) in list(self.arrived.items()):
+        for number, (arrivals, count, known, votes) in list(self.arrived.items()):
             waiting = (self.status == WAITING) & (self.barrier == number)
             if count is None:
                 complete = (waiting | (self.status == EXITED)).all()
@@ -320,3 +322,12 @@ class Block:
                 del self.arrived[number]
                 self.launch.clocks.learn(np.unique(self.agents[waiting]), known)
                 self.status[waiting] = READY
+                if votes:
+                    self.hand_out(waiting, np.concatenate(votes))
+
+    def hand_out(self, waiting: np.ndarray, votes: np.ndarray) -> None:
+        """Gives the threads that leave a barrier the reduction of the predicates they brought."""
+        for at in np.unique(self.pc[waiting]):
+            reduction = self.program.steps[at - 1].control.reduce
+            self.active, self.full = waiting & (self.pc == at), False
+            reduction.write(self, np.asarray(reduction.combine(votes)))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import numpy as np
+
 import ptx.memory_ops
 import ptx.warp_ops  # noqa: F401  the two modules add their rules to RULES
 from ptx.arithmetic import RULES
 from ptx.faults import UnknownInstruction
 from ptx.parser import Immediate, Instruction, Kernel, Register, Symbol, Variable
-from ptx.values import UNSIGNED, known, reader
+from ptx.values import UNSIGNED, known, reader, writer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +31,26 @@ class Trap:
 
 
 @dataclasses.dataclass(frozen=True)
+class Reduction:
+    """`combine` of all threads' predicates ([n] bool -> one value), written to each."""
+
+    read: Callable
+    combine: Callable
+    write: Callable
+
+
+@dataclasses.dataclass(frozen=True)
 class Barrier:
-    """bar.sync, or bar.arrive, which does not wait; `count` None: every thread of the block."""
+    """bar.sync, bar.arrive, which does not wait, or bar.red, which hands out a reduction of a predicate.
+
+    `count` None: every thread of the block.
+    """
 
     number: Callable
     count: Callable | None
     arrive: bool
     aligned: bool
+    reduce: Reduction | None = None
 
 
 Control = Branch | Exit | Trap | Barrier
@@ -108,11 +123,19 @@ class Program:
 
 
 def _barrier(instruction: Instruction) -> Barrier:
-    known(instruction, "sync", "arrive", "aligned", "cta")
-    number, *count = instruction.operands or (Immediate(0),)
+    known(instruction, "sync", "arrive", "red", "popc", "and", "or", "aligned", "cta")
+    operands, reduction = list(instruction.operands), None
+    if "red" in instruction.modifiers:
+        combine = {"popc": np.count_nonzero, "and": np.all, "or": np.any}
+        combine = combine[next(m for m in instruction.modifiers if m in combine)]
+        write = writer(operands[0], "u32" if combine is np.count_nonzero else "pred")
+        reduction = Reduction(reader(operands[-1], "pred"), combine, write)
+        operands = operands[1:-1]
+    number, *count = operands or (Immediate(0),)
     return Barrier(
         reader(number, "u32"),
         reader(count[0], "u32") if count else None,
         "arrive" in instruction.modifiers,
         instruction.name == "bar" or "aligned" in instruction.modifiers,
+        reduction,
     )

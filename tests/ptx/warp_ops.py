@@ -177,7 +177,8 @@ def _multiply_matrices(instruction: Instruction) -> Run:
     (k,) = shapes
     result, left, right, addend = types
     each = {"tf32": 1, "f16": 2, "bf16": 2, "s8": 4, "u8": 4}.get(left)
-    if each is None or k % (4 * each) or "satfinite" in instruction.modifiers:
+    clamped = "satfinite" in instruction.modifiers
+    if each is None or k % (4 * each) or (clamped and result != "s32"):
         raise UnknownInstruction(instruction.text)
     a, b = (_fragment(operand, type_) for operand, type_ in zip(instruction.operands[1:3], (left, right), strict=True))
     c, write = _accumulator(instruction.operands[3], addend), _result(instruction.operands[0], result)
@@ -196,7 +197,8 @@ def _multiply_matrices(instruction: Instruction) -> Run:
         x[:, rows, column] = fa[:, :, 0::2].astype(wide)
         x[:, rows + 8, column] = fa[:, :, 1::2].astype(wide)
         y[:, column, rows] = fb.astype(wide)
-        write(block, c(block).astype(wide) + x @ y)
+        tile = c(block).astype(wide) + x @ y
+        write(block, np.clip(tile, -(1 << 31), (1 << 31) - 1) if clamped else tile)
 
     return whole_warp(run)
 

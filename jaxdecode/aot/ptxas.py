@@ -1,0 +1,64 @@
+"""NVIDIA's assembler, run on PTX for what it reports: registers, spills, shared memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from jaxdecode.aot.program import PtxasReport
+
+_PROPERTIES = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+
+
+def find_ptxas() -> Path | None:
+    """ptxas of the nvidia-cuda-nvcc package, else of the PATH."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        binary = Path(folder) / "cuda_nvcc" / "bin" / "ptxas"
+        if binary.exists():
+            return binary
+    found = shutil.which("ptxas")
+    return Path(found) if found else None
+
+
+def run_ptxas(ptx: str, entry: str) -> PtxasReport:
+    """Assembles `ptx` for the architecture it names and returns the report of one entry.
+
+    Raises:
+      RuntimeError: ptxas is missing or refuses the PTX.
+    """
+    binary, arch = find_ptxas(), re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
+    if binary is None or arch is None:
+        raise RuntimeError("ptxas not found" if binary is None else f"the PTX of {entry} names no .target")
+    command = [str(binary), "-v", f"-arch={arch.group(1)}", "-o", "/dev/null", "-"]
+    run = subprocess.run(command, input=ptx, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(f"ptxas refuses {entry}:\n{run.stderr}")
+    return parse_report(run.stderr, entry)
+
+
+def parse_report(text: str, entry: str) -> PtxasReport:
+    """The numbers of one entry in the output of `ptxas -v`.
+
+    Raises:
+      RuntimeError: the output says nothing of the entry.
+    """
+    parts = re.split(r"Compiling entry function '([^']+)'", text)
+    report = dict(zip(parts[1::2], parts[2::2], strict=True)).get(entry, "")
+    frame, used = _PROPERTIES.search(report), re.search(r"Used (\d+) registers(.*)", report)
+    if frame is None or used is None:
+        raise RuntimeError(f"ptxas reports nothing of {entry}:\n{text}")
+    shared = re.search(r"(\d+) bytes smem", used.group(2))
+    barriers = re.search(r"used (\d+) barriers", used.group(2))
+    stack, stores, loads = (int(number) for number in frame.groups())
+    return PtxasReport(
+        registers=int(used.group(1)),
+        spill_store_bytes=stores,
+        spill_load_bytes=loads,
+        stack_bytes=stack,
+        shared_bytes=int(shared.group(1)) if shared else 0,
+        barriers=int(barriers.group(1)) if barriers else 0,
+    )

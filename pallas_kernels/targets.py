@@ -1,0 +1,128 @@
+"""The graphics cards we know: what their kernels may use, and how fast their memory is.
+
+The only place that asks JAX what this device is (`this_device`). Compute capabilities and limits per multiprocessor are
+those of the CUDA C++ Programming Guide's table of technical specifications; multiprocessors, bandwidth, cache and clock
+are those of NVIDIA's data sheets and architecture white papers. `memory_bytes` is what the driver leaves to a program
+where that is known (A100 80 GB, H100 SXM), else the data sheet's size rounded down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """One card.
+
+    Attributes:
+      name: JAX's `device_kind`.
+      compute_capability: (major, minor).
+      num_sms: streaming multiprocessors.
+      bandwidth: of the device memory, GB/s (1e9 bytes).
+      memory_bytes: device memory.
+      l2_bytes: level-2 cache.
+      shared_per_sm: bytes of shared memory per multiprocessor.
+      shared_per_block: the most that one block may ask for, dynamic shared memory included.
+      threads_per_sm: resident threads per multiprocessor.
+      fpus_per_sm: float32 units per multiprocessor.
+      clock: boost clock, GHz.
+    """
+
+    name: str
+    compute_capability: tuple[int, int]
+    num_sms: int
+    bandwidth: int
+    memory_bytes: int
+    l2_bytes: int
+    shared_per_sm: int
+    shared_per_block: int
+    threads_per_sm: int
+    fpus_per_sm: int
+    clock: float
+
+    @property
+    def arch(self) -> str:
+        """What ptxas calls it: "sm_80"."""
+        major, minor = self.compute_capability
+        return f"sm_{major}{minor}"
+
+
+def _card(name: str, limits: dict, num_sms: int, bandwidth: int, memory: int, l2_mib: int, clock: float) -> Target:
+    return Target(
+        name=name,
+        num_sms=num_sms,
+        bandwidth=bandwidth,
+        memory_bytes=memory,
+        l2_bytes=l2_mib << 20,
+        clock=clock,
+        **limits,
+    )
+
+
+def _limits(capability: tuple[int, int], shared_kib: int, threads: int, fpus: int) -> dict:
+    # the system keeps 1 KiB of shared memory for every block
+    return {
+        "compute_capability": capability,
+        "shared_per_sm": shared_kib << 10,
+        "shared_per_block": (shared_kib - 1) << 10,
+        "threads_per_sm": threads,
+        "fpus_per_sm": fpus,
+    }
+
+
+_A100 = _limits((8, 0), 164, 2048, 64)
+_AMPERE = _limits((8, 6), 100, 1536, 128)
+_ADA = _limits((8, 9), 100, 1536, 128)
+_HOPPER = _limits((9, 0), 228, 2048, 128)
+_BLACKWELL = _limits((10, 0), 228, 2048, 128)
+
+TARGETS: dict[str, Target] = {
+    "a100-80g-sxm": _card("NVIDIA A100-SXM4-80GB", _A100, 108, 2039, 85_100_068_864, 40, 1.41),
+    "a100-40g-sxm": _card("NVIDIA A100-SXM4-40GB", _A100, 108, 1555, 42_300_000_000, 40, 1.41),
+    "a100-80g-pcie": _card("NVIDIA A100 80GB PCIe", _A100, 108, 1935, 85_100_068_864, 40, 1.41),
+    "rtx-3090": _card("NVIDIA GeForce RTX 3090", _AMPERE, 82, 936, 25_300_000_000, 6, 1.695),
+    "a10": _card("NVIDIA A10", _AMPERE, 72, 600, 23_600_000_000, 6, 1.695),
+    "rtx-4090": _card("NVIDIA GeForce RTX 4090", _ADA, 128, 1008, 25_300_000_000, 72, 2.52),
+    "l4": _card("NVIDIA L4", _ADA, 58, 300, 23_600_000_000, 48, 2.04),
+    "l40s": _card("NVIDIA L40S", _ADA, 142, 864, 47_600_000_000, 96, 2.52),
+    "h100-sxm": _card("NVIDIA H100 80GB HBM3", _HOPPER, 132, 3352, 84_942_979_072, 50, 1.98),
+    "h100-pcie": _card("NVIDIA H100 PCIe", _HOPPER, 114, 2039, 84_900_000_000, 50, 1.755),
+    "h200": _card("NVIDIA H200", _HOPPER, 132, 4800, 150_000_000_000, 50, 1.98),
+    "b200": _card("NVIDIA B200", _BLACKWELL, 148, 8000, 180_000_000_000, 126, 1.965),
+}
+
+
+def find_target(name: str) -> Target:
+    """The card of a short name such as "a100-80g-sxm"; case does not matter.
+
+    Raises:
+      ValueError: there is no such card; the message names the nearest and lists all.
+    """
+    key = name.lower()
+    if key in TARGETS:
+        return TARGETS[key]
+    near = difflib.get_close_matches(key, TARGETS, n=1, cutoff=0.3)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ValueError(f"no target {name!r}{hint}; there are {', '.join(TARGETS)}")
+
+
+def this_device() -> Target | None:
+    """The card that JAX runs on; None if it is not an NVIDIA card, or none of a capability we know.
+
+    A card that is not in the table is taken for the one of its compute capability with the nearest number of
+    multiprocessors: the limits are then right, bandwidth and memory are not.
+    """
+    import jax
+
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    if device.platform != "gpu" or not isinstance(capability, str) or "." not in capability:
+        return None
+    for target in TARGETS.values():
+        if target.name == device.device_kind:
+            return target
+    major, _, minor = capability.partition(".")
+    alike = [target for target in TARGETS.values() if target.compute_capability == (int(major), int(minor))]
+    return min(alike, key=lambda target: abs(target.num_sms - device.core_count), default=None)

@@ -1,0 +1,149 @@
+"""Two small Pallas Mosaic GPU kernels, written for the emulator's tests; Ampere's copies, no TMA."""
+
+from __future__ import annotations
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+IN_BOUNDS = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+
+
+@plgpu.inline_mgpu()
+def warpgroup_barrier(_) -> None:
+    mgpu.utils.warpgroup_barrier()
+
+
+def flat_product(n: int, k: int, dtype: str, block_n: int = 64, block_k: int = 128, num_stages: int = 4):
+    """x [8, k], w [n, k] -> w · xᵀ [n, 8] in float32: the weights as left operand, through a cp.async ring.
+
+    Returns the function to compile and its abstract arguments.
+    """
+    num_steps = k // block_k
+    ahead = num_stages - 1
+
+    def kernel(x, w, out, w_ring, x_ring):
+        rows = pl.ds(lax.axis_index("n") * block_n, block_n)
+
+        def fetch(step, slot):
+            columns = pl.ds(step * block_k, block_k)
+            plgpu.copy_gmem_to_smem(w.at[rows, columns], w_ring.at[slot], oob_mode=IN_BOUNDS)
+            plgpu.copy_gmem_to_smem(x.at[:, columns], x_ring.at[slot], oob_mode=IN_BOUNDS)
+
+        def product(slot, acc):
+            left = plgpu.load(w_ring.at[slot], layout=plgpu.Layout.MMA_LHS(dtype))
+            right = plgpu.load(x_ring.at[slot].T, layout=plgpu.Layout.MMA_RHS(dtype))
+            return plgpu.mma(acc, left, right)
+
+        def step_and_fetch(step, acc):
+            plgpu.wait_gmem_to_smem(2 * (ahead - 1))  # two copies a step
+            warpgroup_barrier()  # all have left the slot that is filled next
+            fetch(step + ahead, lax.rem(step + ahead, num_stages))
+            return product(lax.rem(step, num_stages), acc)
+
+        for step in range(ahead):
+            fetch(step, step)
+        acc = plgpu.layout_cast(jnp.zeros((block_n, 8), jnp.float32), plgpu.Layout.MMA_ACC(dtype))
+        acc = lax.fori_loop(0, num_steps - ahead, step_and_fetch, acc)
+        for left in reversed(range(ahead)):
+            plgpu.wait_gmem_to_smem(2 * left)
+            warpgroup_barrier()
+            acc = product((num_steps - 1 - left) % num_stages, acc)
+        out.at[rows, :][...] = acc
+
+    def ring(rows, swizzle):
+        tiles = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
+        return plgpu.SMEM((num_stages, rows, block_k), dtype, transforms=tiles)
+
+    call = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((n, 8), jnp.float32),
+        grid=(n // block_n,),
+        grid_names=("n",),
+        scratch_types=[ring(block_n, 128), ring(8, block_k // 2)],  # a copy needs a multiple of four tiles
+        name="flat_product",
+    )
+    return call, (jax.ShapeDtypeStruct((8, k), dtype), jax.ShapeDtypeStruct((n, k), dtype))
+
+
+ARRIVE = """{
+    .reg .pred first;
+    .reg .b32 number;
+    mov.u32 number, %tid.x;
+    setp.eq.u32 first, number, 0;
+    bar.sync 1, 128;
+    @first atom.add.acq_rel.gpu.global.u32 number, [$1], 1;
+    @first st.shared.u32 [$2], number;
+    bar.sync 1, 128;
+    ld.shared.u32 $0, [$2];
+}"""
+
+
+@plgpu.inline_mgpu(
+    arg_types=(plgpu.RefType(), plgpu.RefType()),
+    return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())),
+)
+def arrive(_, counter, told):
+    """How many blocks were here before: what this one has written is visible to those that come after."""
+    i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+    pointers = [llvm.ptrtoint(kind, mgpu.utils.memref_ptr(ref)) for kind, ref in ((i64, counter), (i32, told))]
+    return mgpu.FragmentedArray.splat(
+        llvm.inline_asm(i32, pointers, ARRIVE, "=r,l,r", has_side_effects=True), (), is_signed=True
+    )
+
+
+def split_softmax_sum(rows: int, kv_len: int, split_kv: int, maximum: float = 2.0, head_dim: int = 128):
+    """scores [rows, kv_len], values [kv_len, head_dim], counters [rows] of zeros -> softmax(scores) · values.
+
+    Each split sums exp(score − maximum) for itself; the last to arrive adds the splits up in their order.
+    Returns the function to compile and its abstract arguments.
+    """
+    length = kv_len // split_kv
+    layout = plgpu.Layout.WG_STRIDED((head_dim,), 1)
+
+    def kernel(scores, values, counters, out, numerators, denominators, told):
+        row, split = lax.axis_index("row"), lax.axis_index("split")
+        zero = plgpu.layout_cast(jnp.zeros((head_dim,), jnp.float32), layout)
+
+        def add_value(i, sums):
+            at = split * length + i
+            weight = jnp.exp(scores[row, at] - maximum)
+            return sums[0] + weight * plgpu.load(values.at[at], layout=layout), sums[1] + weight
+
+        def add_split(i, sums):
+            return sums[0] + plgpu.load(numerators.at[row, i], layout=layout), sums[1] + denominators[row, i]
+
+        numerator, denominator = lax.fori_loop(0, length, add_value, (zero, jnp.float32(0)))
+        numerators.at[row, split][...] = numerator
+        denominators[row, split] = denominator
+
+        @pl.when(arrive(counters.at[row], told) == split_kv - 1)
+        def _():
+            numerator, denominator = lax.fori_loop(0, split_kv, add_split, (zero, jnp.float32(0)))
+            out.at[row][...] = numerator / denominator
+            counters[row] = jnp.int32(0)
+
+    call = plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((rows, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((rows, split_kv, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((rows, split_kv), jnp.float32),
+        ),
+        grid=(rows, split_kv),
+        grid_names=("row", "split"),
+        scratch_types=[plgpu.SMEM((1,), jnp.int32)],
+        name="split_softmax_sum",
+    )
+
+    def run(scores, values, counters):
+        ref = jax.new_ref(counters)
+        return call(scores, values, ref)[0], jax.freeze(ref)
+
+    abstract = [((rows, kv_len), jnp.float32), ((kv_len, head_dim), jnp.float32), ((rows,), jnp.int32)]
+    return run, tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in abstract)
