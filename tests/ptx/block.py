@@ -119,6 +119,10 @@ class Block:
         spread[self.index] = values
         return spread
 
+    def of_active(self, values: np.ndarray) -> np.ndarray:
+        """The active threads' values, of a register or a constant."""
+        return np.broadcast_to(values, (self.threads, *values.shape[1:]))[self.index]
+
     def read_flags(self, address: np.ndarray, acquire: bool) -> None:
         for agent, each in zip(self.agents[self.index], address, strict=True):
             self.launch.clocks.read_flag(int(agent), int(each))
@@ -224,7 +228,7 @@ class Block:
 
     def gather(self, step: Step) -> bool:
         """Whether the lanes the instruction names are all here; if not, those that are wait for the others."""
-        members = np.broadcast_to(step.members(self), self.threads)[self.index]
+        members = self.of_active(step.members(self))
         here = np.zeros((self.warps, WARP), bool)
         here.reshape(-1)[self.index] = True
         wanted = np.zeros((self.warps, WARP), bool)
@@ -280,7 +284,7 @@ class Block:
 
     def meet(self, barrier: Barrier) -> Iterator[str]:
         """The active threads arrive; they wait unless `barrier.arrive`."""
-        number = int(np.broadcast_to(barrier.number(self), self.threads)[self.index[0]]) if len(self.index) else 0
+        number = int(self.of_active(barrier.number(self))[0]) if len(self.index) else 0
         if len(self.index):
             self.arrive(barrier, number)
         self.pc[self.group] = self.at + 1
@@ -295,7 +299,7 @@ class Block:
             raise Fault("divergent", f"barrier {number} reached by a part of a warp")
         count = None
         if barrier.count is not None:
-            count = int(np.broadcast_to(barrier.count(self), self.threads)[self.index[0]])
+            count = int(self.of_active(barrier.count(self))[0])
             if count % WARP or not 0 < count <= self.warps * WARP:
                 raise Fault("barrier", f"barrier {number} counts {count} threads of {self.threads}")
         arrivals, expected, known, votes = self.arrived.get(number, (0, count, 0, []))
@@ -303,7 +307,7 @@ class Block:
             raise Fault("barrier", f"barrier {number} counts {count} threads here and {expected} elsewhere")
         known = np.maximum(known, self.launch.clocks.arrive(np.unique(here)))
         if barrier.reduce:
-            votes = [*votes, np.broadcast_to(barrier.reduce.read(self), self.threads)[self.index]]
+            votes = [*votes, self.of_active(barrier.reduce.read(self))]
         self.arrived[number] = (arrivals + len(here), count, known, votes)
         if not barrier.arrive:
             self.status[self.active] = WAITING

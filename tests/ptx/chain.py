@@ -13,7 +13,8 @@ from ptx.launch import DeviceMemory, Launch
 from ptx.parser import parse
 
 DTYPES = {"pred": np.bool_, "bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32, "f64": np.float64}
-DTYPES |= {f"{sign}{bits}": np.dtype(f"{name}{bits}") for bits in (8, 16, 32, 64) for sign, name in (("s", "int"), ("u", "uint"))}
+DTYPES |= {f"s{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)}
+DTYPES |= {f"u{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)}
 
 
 class Chain:

@@ -117,7 +117,7 @@ class Memory:
     def check_written(
         self, row: np.ndarray, width: int, agents: np.ndarray, clocks: Clocks, values: np.ndarray | None
     ) -> None:
-        """Bytes another warp wrote must not be read, nor overwritten by other `values`, before something orders the two.
+        """Bytes another warp wrote must not be read, nor given other `values`, before something orders the two.
 
         Compilers let several warps write one value to one place; that is no fault.
         """
@@ -130,7 +130,7 @@ class Memory:
             late &= self.data.reshape(-1, width)[row] != values
         if late.any():
             what = "read of" if values is None else "write over"
-            raise Fault("race", f"{what} {self.name} bytes that another warp has written, with nothing to order the two")
+            raise Fault("race", f"{what} {self.name} bytes that another warp has written, and nothing orders the two")
 
     def note_read(self, row: np.ndarray, width: int, agents: np.ndarray, clocks: Clocks) -> None:
         self.reader.reshape(-1, width)[row] = agents[:, None]

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ptx.arithmetic import Run, rule
 from ptx.faults import Fault, UnknownInstruction
-from ptx.parser import Address, Instruction, Symbol
+from ptx.parser import Address, Instruction
+from ptx.rules import Run, rule
 from ptx.values import WINDOW, bits_of, dtype_of, known, reader, registers_of, writer
 
 SPACES = ("global", "shared", "const", "param", "local")
@@ -28,11 +28,9 @@ class Addresses:
         self.space, self.offset = space, operand.offset
         bits = getattr(operand.base, "bits", 64)
         self.base = reader(operand.base, f"u{bits}")
-        self.symbolic = isinstance(operand.base, Symbol)
 
     def __call__(self, block) -> tuple[str, np.ndarray]:
-        base = np.broadcast_to(self.base(block), block.threads)[block.index]
-        address = base.astype(np.int64) + self.offset
+        address = block.of_active(self.base(block)).astype(np.int64) + self.offset
         if self.space:
             return self.space, address
         for space in ("global", "shared", "param", "local"):
@@ -94,7 +92,7 @@ def _store(instruction: Instruction) -> Run:
 
     def run(block):
         where, address = addresses(block)
-        values = np.stack([np.broadcast_to(read(block), block.threads)[block.index] for read in reads], axis=-1)
+        values = np.stack([block.of_active(read(block)) for read in reads], axis=-1)
         raw = np.ascontiguousarray(values.astype(dtype, copy=False)).view(np.uint8)
         if strong != "weak":
             block.write_flags(address, strong == "release")
@@ -143,7 +141,7 @@ def _atomic(instruction: Instruction) -> Run:
 
     def run(block):
         where, address = addresses(block)
-        operands = [np.broadcast_to(read(block), (block.threads, *read(block).shape[1:]))[block.index] for read in reads]
+        operands = [block.of_active(read(block)) for read in reads]
         agents = block.agents[block.index]
         memory, address = block.memory(where, address)
         old = [None] * len(address)
@@ -229,7 +227,7 @@ def _start_copy(instruction: Instruction) -> Run:
         values = np.zeros((len(target), width), np.uint8)
         count = np.full(len(target), width)
         if taken is not None:
-            count = np.broadcast_to(taken(block), block.threads)[block.index].astype(np.int64)
+            count = block.of_active(taken(block)).astype(np.int64)
         memory = block.launch.memory
         for n in np.unique(count[count > 0]):
             some = count == n

@@ -206,7 +206,7 @@ class _Parser:
             word = self.next()
             if word == ".align":
                 align = int(self.next())
-            elif word == ".ptr" or word in (".global", ".shared", ".const", ".unified") or word.startswith(".attribute"):
+            elif word in (".ptr", ".global", ".shared", ".const"):
                 continue
             elif word in (".v2", ".v4"):
                 count = int(word[2])

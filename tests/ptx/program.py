@@ -7,11 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-import ptx.memory_ops
-import ptx.warp_ops  # noqa: F401  the two modules add their rules to RULES
-from ptx.arithmetic import RULES
+from ptx import arithmetic, choices, integers, memory_ops, moves, warp_ops  # noqa: F401  each adds its rules
 from ptx.faults import UnknownInstruction
 from ptx.parser import Immediate, Instruction, Kernel, Register, Symbol, Variable
+from ptx.rules import RULES
 from ptx.values import UNSIGNED, known, reader, writer
 
 

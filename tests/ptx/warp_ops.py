@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from ptx.arithmetic import COMBINE, Run, rule
+from ptx.choices import COMBINE
 from ptx.faults import Fault, UnknownInstruction
 from ptx.memory_ops import Addresses
 from ptx.parser import Immediate, Instruction
+from ptx.rules import Run, rule
 from ptx.values import dtype_of, first_of, known, reader, registers_of, writer
 
 WARP = 32
@@ -50,7 +51,8 @@ def _shuffle(instruction: Instruction) -> Run:
         segment, limit = clamp >> 8 & 31, clamp & 31
         highest = (lane & segment) | (limit & ~segment)
         lowest = lane & segment
-        source = {"up": lane - by, "down": lane + by, "bfly": lane ^ (by & 31), "idx": lowest | (by & 31 & ~segment)}[mode]
+        by = by & 31
+        source = {"up": lane - by, "down": lane + by, "bfly": lane ^ by, "idx": lowest | (by & ~segment)}[mode]
         inside = source >= highest if mode == "up" else source <= highest
         source = np.where(inside, source, lane)
         write(block, by_thread(block, np.take_along_axis(value, source, axis=1)).astype(np.uint32))
@@ -209,7 +211,7 @@ def _fragment(operand: object, type_: str):
     dtype = dtype_of(type_)
 
     def read(block):
-        raw = np.stack([np.broadcast_to(f(block), block.threads)[block.index] for f in reads], axis=-1)
+        raw = np.stack([block.of_active(f(block)) for f in reads], axis=-1)
         if type_ == "tf32":
             raw = raw & np.uint32(0xFFFFE000)  # the product ignores the low bits
         return np.ascontiguousarray(raw).view(dtype).reshape(-1, WARP, len(reads), 4 // np.dtype(dtype).itemsize)
@@ -226,7 +228,7 @@ def _accumulator(operand: object, type_: str):
     reads = [reader(part, "f16x2" if type_ == "f16" else type_) for part in registers_of(operand)]
 
     def read(block):
-        parts = [np.broadcast_to(f(block), (block.threads, *np.shape(f(block))[1:]))[block.index] for f in reads]
+        parts = [block.of_active(f(block)) for f in reads]
         held = np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1).reshape(-1, WARP, 4)
         tile = np.zeros((len(held), 16, 8), held.dtype)
         tile[:, ROWS, COLUMNS] = held
