@@ -7,27 +7,16 @@ as a serialised FileDescriptorProto, so that what is read here always fits the c
 from __future__ import annotations
 
 import functools
-import importlib.util
 import mmap
-from pathlib import Path
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from jaxdecode.aot.riegeli import SIGNATURE, read_records, read_varint
+from jaxdecode.aot.toolchain import find_plugin
 
 _EXECUTABLE = "xla/service/gpu/gpu_executable.proto", "xla.gpu.GpuExecutableProto"
 _MANIFEST = "xla/util/split_proto/split_proto.proto", "xla.SplitProtoManifest"
-
-
-def find_plugin() -> Path | None:
-    """The plugin that holds the compiler, None if it is not installed."""
-    spec = importlib.util.find_spec("jax_plugins")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        library = Path(folder) / "xla_cuda12" / "xla_cuda_plugin.so"
-        if library.exists():
-            return library
-    return None
 
 
 def read_executable(serialized: bytes) -> Any:
@@ -90,7 +79,7 @@ def _definition(image: mmap.mmap, name: str) -> descriptor_pb2.FileDescriptorPro
 
 
 def _definition_end(image: mmap.mmap, start: int) -> int:
-    """Where a FileDescriptorProto ends: nothing says how long it is, so its fields are followed while they are its own."""
+    """Where a FileDescriptorProto ends: no length is stored, so its fields are followed as far as they are its own."""
     fields = {field.number: field for field in descriptor_pb2.FileDescriptorProto.DESCRIPTOR.fields}
     end = start
     while True:

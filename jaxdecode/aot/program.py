@@ -4,7 +4,7 @@ A program is a list of thunks (XLA's word for one step of an executable) over nu
 make the allocations, fill those of `constants` and `parameters`, run the thunks in order, read the slices of `outputs`.
 
     kernel launch (`thunk.kernel` set)   `arguments` are the kernel's parameters, in the order of the PTX
-    "while"                              loop: children["condition"], stop if slice "condition_result" is 0, children["body"]
+    "while"                              children["condition"], stop if slice "condition_result" is 0, children["body"]
     "conditional"                        children["branch_<i>"], i in slice "branch_index"
     "device_to_device_copy"              slice "source" to slice "destination"
     "memzero", "memset32bit_value"       fill slice "dest"; attributes["value"]
@@ -96,8 +96,8 @@ class Kernel:
     Attributes:
       key: its key in `CompiledProgram.kernels`; names of Mosaic kernels are not unique, keys are.
       name: its entry in `ptx`.
-      kind: "mosaic", "triton" (written by XLA through Triton) or "xla".
-      parameters: the number of its parameters.
+      kind: "mosaic", "triton" (written by XLA through Triton), "xla", or "library": one of those compiled into XLA
+        itself, of which there is neither PTX nor report.
     """
 
     key: str
@@ -105,8 +105,7 @@ class Kernel:
     kind: str
     ptx: str
     launch: Launch
-    parameters: int
-    report: PtxasReport
+    report: PtxasReport | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +118,8 @@ class Thunk:
       name: the HLO instruction it comes from.
       kernel: key of the kernel it launches; None if it launches none that we see.
       target: what a "custom_call" calls.
-      arguments: a kernel's parameters in order, or named slices.
+      arguments: a kernel's parameters in the order of its PTX, or named slices.
+      buffers: all it reads or writes, in XLA's order: also those that a kernel knows by a descriptor only.
       children: nested sequences by name: "condition" and "body", "branch_0" …
       attributes: its plain numbers and strings ("mem_size", "trip_count", "value").
     """
@@ -130,6 +130,7 @@ class Thunk:
     kernel: str | None
     target: str
     arguments: tuple[Argument, ...]
+    buffers: tuple[Argument, ...]
     children: Mapping[str, tuple[Thunk, ...]]
     attributes: Mapping[str, Any]
 
@@ -227,11 +228,12 @@ class CompiledProgram:
 
     def walk(self) -> Iterator[Thunk]:
         """Every thunk once, in order, a loop before its condition and body."""
-        return _walk(self.thunks)
+        return walk(self.thunks)
 
 
-def _walk(thunks: tuple[Thunk, ...]) -> Iterator[Thunk]:
+def walk(thunks: tuple[Thunk, ...]) -> Iterator[Thunk]:
+    """Every thunk of a sequence and of those nested in it, once and in order."""
     for thunk in thunks:
         yield thunk
         for children in thunk.children.values():
-            yield from _walk(children)
+            yield from walk(children)

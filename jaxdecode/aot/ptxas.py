@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import shutil
 import subprocess
-from pathlib import Path
 
 from jaxdecode.aot.program import PtxasReport
+from jaxdecode.aot.toolchain import find_ptxas
 
 _PROPERTIES = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-
-
-def find_ptxas() -> Path | None:
-    """ptxas of the nvidia-cuda-nvcc package, else of the PATH."""
-    spec = importlib.util.find_spec("nvidia")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        binary = Path(folder) / "cuda_nvcc" / "bin" / "ptxas"
-        if binary.exists():
-            return binary
-    found = shutil.which("ptxas")
-    return Path(found) if found else None
+_TOO_NEW = re.compile(r"Unsupported \.version [\d.]+; current version is '([\d.]+)'")
 
 
 def run_ptxas(ptx: str, entry: str) -> PtxasReport:
     """Assembles `ptx` for the architecture it names and returns the report of one entry.
 
+    The compiler may write a newer version of PTX than the assembler beside it reads, even for old cards whose
+    instructions have not changed since; the assembler is then given the text as of its own version.
+
     Raises:
       RuntimeError: ptxas is missing or refuses the PTX.
     """
-    binary, arch = find_ptxas(), re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
-    if binary is None or arch is None:
-        raise RuntimeError("ptxas not found" if binary is None else f"the PTX of {entry} names no .target")
-    command = [str(binary), "-v", f"-arch={arch.group(1)}", "-o", "/dev/null", "-"]
-    run = subprocess.run(command, input=ptx, capture_output=True, text=True, check=False)
+    run = _assemble(ptx, entry)
+    if newer := _TOO_NEW.search(run.stderr):
+        run = _assemble(re.sub(r"(?m)^\.version .*$", f".version {newer.group(1)}", ptx), entry)
     if run.returncode:
         raise RuntimeError(f"ptxas refuses {entry}:\n{run.stderr}")
     return parse_report(run.stderr, entry)
+
+
+def _assemble(ptx: str, entry: str) -> subprocess.CompletedProcess[str]:
+    binary, arch = find_ptxas(), re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
+    if binary is None or arch is None:
+        raise RuntimeError("ptxas is not installed" if binary is None else f"the PTX of {entry} names no .target")
+    command = [str(binary), "-v", f"-arch={arch.group(1)}", "-o", "/dev/null", "-"]
+    return subprocess.run(command, input=ptx, capture_output=True, text=True, check=False)
 
 
 def parse_report(text: str, entry: str) -> PtxasReport:

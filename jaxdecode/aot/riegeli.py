@@ -71,8 +71,9 @@ def _unsnap(data: bytes) -> bytes:
             width = 2 if tag & 3 == 2 else 4
             length, distance, at = (tag >> 2) + 1, int.from_bytes(data[at : at + width], "little"), at + width
         source = len(out) - distance
+        copied = out[source : source + length]
         # a copy may run into what it writes: the bytes then repeat
-        out += (out[source:] * (length // distance + 1))[:length] if distance < length else out[source : source + length]
+        out += (copied * (length // distance + 1))[:length]
     if len(out) != expected:
         raise ValueError(f"Snappy data of {expected} bytes decodes to {len(out)}")
     return bytes(out)

@@ -12,8 +12,9 @@ from jaxdecode.aot.ptxas import run_ptxas
 
 _SLICES = {"BufferAllocationSliceProto", "ShapedSliceProto", "NullableShapedSliceProto"}
 _WRITTEN = {"destination", "dest", "output", "result", "d", "y_or_dx", "workspace", "scratch", "temp"}
-# what kernels and custom calls are made of: read where it is needed, of no use as text
-_OPAQUE = {"attributes", "opaque", "execution_state", "custom_kernel", "tma_metadata", "launch_dimensions"}
+# of kernels and custom calls, what becomes fields of ours or is of no use as text
+_OPAQUE = {"attributes", "opaque", "execution_state", "custom_kernel", "tma_metadata", "launch_dimensions", "written"}
+_OPAQUE |= {"target_name", "api_version", "kernel_name", "shmem_bytes", "args_shape", "cluster_dim"}
 _NODE = re.compile(r"^( *)(\d+): k(\w+)\s+\[")
 _LABEL = re.compile(r"^ *(\w+(?: \d+)?):$")
 
@@ -31,13 +32,7 @@ class ThunkReader:
         self._dump = dump
         texts = [file.read_text() for file in sorted(dump.glob("module_*.ptx"))]
         self._ptx = {entry: text for text in texts for entry in _entries(text)}
-        computations = executable.hlo_module_with_config.hlo_module.computations
-        self._triton = {
-            instruction.name
-            for computation in computations
-            for instruction in computation.instructions
-            if instruction.opcode == "fusion" and b'"__triton' in instruction.backend_config
-        }
+        self._triton = _triton_fusions(executable.hlo_module_with_config.hlo_module)
 
     def read(self, messages: Any) -> tuple[Thunk, ...]:
         """A sequence of ThunkProto with all that is nested in it."""
@@ -47,13 +42,15 @@ class ThunkReader:
         info = message.thunk_info
         [field] = [field.name for field, _ in message.ListFields() if field.name != "thunk_info"]
         body, kind, kernel, target = getattr(message, field), field.removesuffix("_thunk"), None, ""
-        arguments, children, attributes = self._fields(body)
+        buffers, children, attributes = self._fields(body)
+        arguments = buffers
         if kind in ("kernel", "custom_kernel"):
             kernel, arguments = self._xla_kernel(body, info.profile_annotation)
+            buffers = [argument for argument in arguments if argument.slice is not None]
         elif kind == "custom_call":
             target = body.target_name
             if target == mosaic.CALL_TARGET:
-                kernel, arguments = self._mosaic_kernel(body, arguments)
+                kernel, arguments = self._mosaic_kernel(body, buffers)
         return Thunk(
             id=info.thunk_id,
             kind=kind,
@@ -61,6 +58,7 @@ class ThunkReader:
             kernel=kernel,
             target=target,
             arguments=tuple(arguments),
+            buffers=tuple(buffers),
             children=children,
             attributes=attributes,
         )
@@ -91,7 +89,8 @@ class ThunkReader:
     def _xla_kernel(self, message: Any, instruction: str) -> tuple[str, list[Argument]]:
         custom = message.custom_kernel if hasattr(message, "custom_kernel") else None
         name = custom.kernel_spec.kernel_name if custom else message.kernel_name
-        if name not in self._ptx:
+        library = custom is not None and custom.kernel_spec.HasField("in_process_symbol")
+        if name not in self._ptx and not library:
             raise RuntimeError(f"the compiler wrote no PTX for the kernel {name}")
         blocks, threads = (
             (custom.block_dims, custom.thread_dims)
@@ -114,8 +113,9 @@ class ThunkReader:
             raise RuntimeError(f"kernel {name} takes TMA descriptors, which cannot be read yet")
         if custom:
             arguments = _packed(arguments, custom.kernel_spec.kernel_args_packing_spec)
-        kind = "triton" if instruction in self._triton else "xla"
-        return self._add(key=name, name=name, kind=kind, ptx=self._ptx[name], launch=launch), self._fit(name, arguments)
+        kind = "library" if library else "triton" if instruction in self._triton else "xla"
+        self._add(key=name, name=name, kind=kind, ptx="" if library else self._ptx[name], launch=launch)
+        return name, self._fit(name, arguments)
 
     def _mosaic_kernel(self, message: Any, buffers: list[Argument]) -> tuple[str, list[Argument]]:
         compiled = mosaic.find_kernel(message.attributes.attrs["kernel_hash"].str, self._dump)
@@ -134,22 +134,32 @@ class ThunkReader:
         self._add(key=key, name=name, kind="mosaic", ptx=compiled.ptx, launch=compiled.launch)
         return key, self._fit(key, arguments)
 
-    def _add(self, *, key: str, name: str, kind: str, ptx: str, launch: Launch) -> str:
+    def _add(self, *, key: str, name: str, kind: str, ptx: str, launch: Launch) -> None:
         known = self.kernels.get(key)
         if known is None:
-            report, parameters = run_ptxas(ptx, name), _parameters(ptx, name)
-            self.kernels[key] = Kernel(
-                key=key, name=name, kind=kind, ptx=ptx, launch=launch, parameters=parameters, report=report
-            )
+            report = run_ptxas(ptx, name) if ptx else None
+            self.kernels[key] = Kernel(key=key, name=name, kind=kind, ptx=ptx, launch=launch, report=report)
         elif known.launch != launch:
             raise RuntimeError(f"kernel {key} is launched in two ways: {known.launch} and {launch}")
-        return key
 
     def _fit(self, key: str, arguments: list[Argument]) -> list[Argument]:
-        expected = self.kernels[key].parameters
-        if len(arguments) != expected:
+        kernel = self.kernels[key]
+        expected = _parameters(kernel.ptx, kernel.name)
+        if kernel.ptx and len(arguments) != expected:
             raise RuntimeError(f"kernel {key} has {expected} parameters, its launch {len(arguments)} arguments")
         return arguments
+
+
+def _triton_fusions(module: Any) -> set[str]:
+    """The fusions that XLA has written through Triton, by their configuration: in place, or shared by several."""
+    found = set()
+    for instruction in (instruction for part in module.computations for instruction in part.instructions):
+        config = instruction.backend_config
+        if instruction.HasField("backend_config_payload"):
+            config = module.payloads[instruction.backend_config_payload.id]
+        if instruction.opcode == "fusion" and b'"kind":"__triton' in config:
+            found.add(instruction.name)
+    return found
 
 
 def read_graphs(text: str, names: dict[int, str]) -> tuple[GraphNode, ...]:

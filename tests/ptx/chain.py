@@ -105,6 +105,7 @@ class Chain:
     def _launch(self, thunk: Thunk) -> None:
         kernel = self.program.kernels[thunk.kernel]
         fresh = self._forget_results(thunk.arguments)
+        self.device.open_padding(kernel.kind != "mosaic")
         Launch(
             self.modules[thunk.kernel],
             kernel.name,
@@ -116,14 +117,18 @@ class Chain:
             seed=self.seed,
         )
         self.launched.append(kernel.name)
+        self.device.check_padding()
         for argument in fresh:
             if kernel.name not in self.sparse and not self.device.memory.written[self._span(argument.slice)].all():
                 raise Fault("never-written", f"{kernel.name} left a part of {argument.name} unwritten")
 
     def _forget_results(self, arguments: Sequence[Argument]) -> list[Argument]:
-        """What a kernel writes and does not read holds nothing yet; returns these arguments."""
-        read = {argument.slice for argument in arguments if argument.slice and not argument.written}
-        fresh = [a for a in arguments if a.written and a.slice and not self._overlaps(a.slice, read)]
+        """What a kernel writes and does not read holds nothing yet; returns these arguments.
+
+        XLA's own kernels do not tell the two apart, Pallas kernels do.
+        """
+        read = {a.slice for a in arguments if a.slice and not a.name.startswith("result_")}
+        fresh = [a for a in arguments if a.name.startswith("result_") and a.slice and not self._overlaps(a.slice, read)]
         for argument in fresh:
             self.device.memory.written[self._span(argument.slice)] = False
         for argument in arguments:

@@ -17,6 +17,7 @@ from ptx.values import WINDOW
 from ptx.warp_ops import WARP
 
 GUARD = 4096  # bytes between two buffers that belong to neither
+PADDING = 0xAB
 RESIDENT = 64  # blocks in flight at once
 PATIENCE = 5000  # turns a block in flight may take without anything changing in memory
 
@@ -37,6 +38,24 @@ class DeviceMemory:
     def span(self, i: int) -> slice:
         at = self.addresses[i] - self.memory.base
         return slice(at, at + self.sizes[i])
+
+    def open_padding(self, readable: bool) -> None:
+        """Lets programs read on to the next multiple of 256 bytes behind a buffer, where allocators leave room.
+
+        XLA's kernels do so before they look whether the element is theirs.
+        """
+        for address, size in zip(self.addresses, self.sizes, strict=True):
+            end = address + size - self.memory.base
+            padding = slice(end, end + -size % ALIGNMENT)
+            self.memory.exists[padding] = self.memory.written[padding] = readable
+            self.memory.data[padding] = PADDING
+
+    def check_padding(self) -> None:
+        """Raises Fault if a program has written behind a buffer."""
+        for address, size in zip(self.addresses, self.sizes, strict=True):
+            end = address + size - self.memory.base
+            if (self.memory.data[end : end + -size % ALIGNMENT] != PADDING).any():
+                raise Fault("out-of-bounds", f"a write behind the buffer of {size} bytes at {address:#x}")
 
     def write(self, i: int, array: np.ndarray, offset: int = 0) -> None:
         """Fills a buffer from the host."""

@@ -11,6 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
+from jaxdecode.aot import Program
+
 IN_BOUNDS = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
 
 
@@ -19,15 +21,12 @@ def warpgroup_barrier(_) -> None:
     mgpu.utils.warpgroup_barrier()
 
 
-def flat_product(n: int, k: int, dtype: str, block_n: int = 64, block_k: int = 128, num_stages: int = 4):
-    """x [8, k], w [n, k] -> w · xᵀ [n, 8] in float32: the weights as left operand, through a cp.async ring.
-
-    Returns the function to compile and its abstract arguments.
-    """
+def flat_product(n: int, k: int, dtype: str, block_n: int = 64, block_k: int = 128, num_stages: int = 4) -> Program:
+    """x [8, k], w [n, k] -> w · xᵀ [n, 8] in float32: the weights as left operand, through a cp.async ring."""
     num_steps = k // block_k
     ahead = num_stages - 1
 
-    def kernel(x, w, out, w_ring, x_ring):
+    def flat_product_kernel(x, w, out, w_ring, x_ring):
         rows = pl.ds(lax.axis_index("n") * block_n, block_n)
 
         def fetch(step, slot):
@@ -61,14 +60,13 @@ def flat_product(n: int, k: int, dtype: str, block_n: int = 64, block_k: int = 1
         return plgpu.SMEM((num_stages, rows, block_k), dtype, transforms=tiles)
 
     call = plgpu.kernel(
-        kernel,
+        flat_product_kernel,
         out_type=jax.ShapeDtypeStruct((n, 8), jnp.float32),
         grid=(n // block_n,),
         grid_names=("n",),
         scratch_types=[ring(block_n, 128), ring(8, block_k // 2)],  # a copy needs a multiple of four tiles
-        name="flat_product",
     )
-    return call, (jax.ShapeDtypeStruct((8, k), dtype), jax.ShapeDtypeStruct((n, k), dtype))
+    return Program(function=call, args=(jax.ShapeDtypeStruct((8, k), dtype), jax.ShapeDtypeStruct((n, k), dtype)))
 
 
 ARRIVE = """{
@@ -97,16 +95,15 @@ def arrive(_, counter, told):
     )
 
 
-def split_softmax_sum(rows: int, kv_len: int, split_kv: int, maximum: float = 2.0, head_dim: int = 128):
+def split_softmax_sum(rows: int, kv_len: int, split_kv: int, maximum: float = 2.0, head_dim: int = 128) -> Program:
     """scores [rows, kv_len], values [kv_len, head_dim], counters [rows] of zeros -> softmax(scores) · values.
 
     Each split sums exp(score − maximum) for itself; the last to arrive adds the splits up in their order.
-    Returns the function to compile and its abstract arguments.
     """
     length = kv_len // split_kv
     layout = plgpu.Layout.WG_STRIDED((head_dim,), 1)
 
-    def kernel(scores, values, counters, out, numerators, denominators, told):
+    def split_softmax_sum_kernel(scores, values, counters, out, numerators, denominators, told):
         row, split = lax.axis_index("row"), lax.axis_index("split")
         zero = plgpu.layout_cast(jnp.zeros((head_dim,), jnp.float32), layout)
 
@@ -129,7 +126,7 @@ def split_softmax_sum(rows: int, kv_len: int, split_kv: int, maximum: float = 2.
             counters[row] = jnp.int32(0)
 
     call = plgpu.kernel(
-        kernel,
+        split_softmax_sum_kernel,
         out_type=(
             jax.ShapeDtypeStruct((rows, head_dim), jnp.float32),
             jax.ShapeDtypeStruct((rows, split_kv, head_dim), jnp.float32),
@@ -138,7 +135,6 @@ def split_softmax_sum(rows: int, kv_len: int, split_kv: int, maximum: float = 2.
         grid=(rows, split_kv),
         grid_names=("row", "split"),
         scratch_types=[plgpu.SMEM((1,), jnp.int32)],
-        name="split_softmax_sum",
     )
 
     def run(scores, values, counters):
@@ -146,4 +142,5 @@ def split_softmax_sum(rows: int, kv_len: int, split_kv: int, maximum: float = 2.
         return call(scores, values, ref)[0], jax.freeze(ref)
 
     abstract = [((rows, kv_len), jnp.float32), ((kv_len, head_dim), jnp.float32), ((rows,), jnp.int32)]
-    return run, tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in abstract)
+    args = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in abstract)
+    return Program(function=run, args=args, jit_options={"donate_argnums": 2})
