@@ -64,16 +64,17 @@ def read_outputs(executable: Any) -> tuple[Endpoint, ...]:
       RuntimeError: a result is a tuple inside a tuple, which JAX never returns.
     """
     result = executable.program_shape.result
-    leaves = dict(enumerate(result.tuple_shapes)) if _dtype(result) == "tuple" else {None: result}
+    is_tuple = _dtype(result) == "tuple"
+    leaves = list(result.tuple_shapes) if is_tuple else [result]
     outputs = []
     for entry in executable.output_info_map:
         path = list(entry.shape_index.indexes)
         if len(path) > 1:
             raise RuntimeError(f"result {path} of the program is nested")
-        number = path[0] if path else None
-        if number in leaves:
+        if len(path) == is_tuple:  # the table of addresses of a tuple is no result of its own
+            number = path[0] if path else 0
             where = _whole(entry.output_info.allocation_index, leaves[number])
-            outputs.append(Endpoint(index=number or 0, slice=where))
+            outputs.append(Endpoint(index=number, slice=where))
     return tuple(sorted(outputs, key=lambda output: output.index))
 
 
@@ -109,7 +110,6 @@ def _role(row: Any) -> str:
         "parameter": row.is_entry_computation_parameter,
         "constant": row.is_constant,
         "local": row.is_thread_local,
-        "tuple": row.is_tuple,
         "output": row.maybe_live_out,
     }
     return next((role for role, flag in flags.items() if flag), "temporary")

@@ -75,7 +75,9 @@ def compile_program(build: Callable[..., Program], *args: Any, target: Target | 
 
 
 def compile_programs(jobs: Sequence[Job]) -> list[CompiledProgram | CompileError]:
-    """Compiles several programs one after the other in one process, which is started again if one ends it.
+    """Compiles several programs, one after the other: a process for each card, started again if a program ends it.
+
+    One process cannot serve two cards: Mosaic keeps the first card's architecture for its assembler.
 
     Returns:
       Per job the program or the error.
@@ -96,13 +98,17 @@ def compile_programs(jobs: Sequence[Job]) -> list[CompiledProgram | CompileError
             _check_importable(job.build)
             whole = dataclasses.replace(job, cache=job.cache or (cache / "aot" if cache else None))
             (folder / f"{index}.job").write_bytes(pickle.dumps(whole))
-        outcomes: list[CompiledProgram | CompileError] = []
-        while len(outcomes) < len(jobs):
-            outcomes += _run_worker(folder, range(len(outcomes), len(jobs)))
-    return outcomes
+        outcomes: dict[int, CompiledProgram | CompileError] = {}
+        for target in dict.fromkeys(job.target for job in jobs):
+            pending = [index for index, job in enumerate(jobs) if job.target == target]
+            while pending:
+                done = _run_worker(folder, pending)
+                outcomes |= zip(pending, done, strict=False)
+                pending = pending[len(done) :]
+    return [outcomes[index] for index in range(len(jobs))]
 
 
-def _run_worker(folder: Path, jobs: range) -> list[CompiledProgram | CompileError]:
+def _run_worker(folder: Path, jobs: list[int]) -> list[CompiledProgram | CompileError]:
     """Runs the worker over `jobs` until it is done or has died; one outcome for each job it took up."""
     command = [sys.executable, "-m", "jaxdecode.aot.worker", str(folder), *map(str, jobs)]
     run = subprocess.run(

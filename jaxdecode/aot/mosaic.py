@@ -50,8 +50,8 @@ class MosaicKernel:
 
 def name_by_content() -> None:
     """From now on in this process every Mosaic module is named after its function and its content."""
-    from jax._src.lib.mlir import ir
     from jax.experimental.mosaic.gpu import core
+    from jaxlib.mlir import ir
 
     lower = core._mosaic_gpu_lowering_rule
 
@@ -116,6 +116,8 @@ def read_host(text: str) -> tuple[Launch, tuple[int | None, ...], tuple[int, ...
             raise RuntimeError(f"parameter {parameter} of a Mosaic kernel is none of the call's buffers")
         buffers.append(buffer)
         by_value.append(size)
-    grid, cluster, block = tuple(numbers[0:3]), tuple(numbers[3:6]), tuple(numbers[6:9])
-    launch = Launch(grid=grid, block=block, cluster=cluster if any(cluster) else None, shared_bytes=numbers[9])
-    return launch, tuple(buffers), tuple(by_value)
+    return _launch(*numbers[:10]), tuple(buffers), tuple(by_value)
+
+
+def _launch(gx: int, gy: int, gz: int, cx: int, cy: int, cz: int, bx: int, by: int, bz: int, shared: int) -> Launch:
+    return Launch(grid=(gx, gy, gz), block=(bx, by, bz), cluster=(cx, cy, cz) if cx else None, shared_bytes=shared)

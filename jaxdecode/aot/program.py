@@ -161,7 +161,7 @@ class Allocation:
     """One allocation.
 
     Attributes:
-      role: "parameter", "constant", "output", "temporary", "tuple" (a table of addresses) or "local" (never real).
+      role: "parameter", "constant", "output", "temporary" or "local" (only a name inside a kernel).
       parameter: the HLO entry parameter that lies in it, None if none.
       live_out: an output lies in it.
       aliased: a donated parameter that an output takes over.

@@ -97,6 +97,21 @@ def in_place() -> Program:
     return Program(function=function, args=(of(256),), jit_options={"donate_argnums": 0})
 
 
+def nested() -> Program:
+    """A product left to cuBLAS, and a loop in a loop."""
+
+    def function(x, y, z):
+        def inner(carry):
+            i, z = carry
+            return i + 1, jax.lax.fori_loop(0, 3, lambda _, z: z * 2 + 1, z)
+
+        return x @ y, jax.lax.while_loop(lambda carry: carry[0] < 2, inner, (0, z))[1]
+
+    matrix = of(256, 256, dtype=jnp.bfloat16)
+    options = {"xla_gpu_enable_triton_gemm": False}
+    return Program(function=function, args=(matrix, matrix, of(7)), compiler_options=options)
+
+
 def aborts_below_sm_90() -> Program:
     def kernel(x_ref, o_ref, block):
         block[...] = x_ref[...]

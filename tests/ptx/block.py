@@ -17,6 +17,7 @@ from ptx.warp_ops import WARP
 
 READY, PARKED, WAITING, EXITED = range(4)
 SHARED_BASE = 1024
+ALL_LANES = np.uint32(0xFFFFFFFF)
 MAX_STEPS = 5_000_000
 
 
@@ -169,7 +170,7 @@ class Block:
         if not ready.any():
             if (self.status == EXITED).all():
                 return False
-            raise Fault("deadlock", self.stuck(), None)
+            raise self.stuck()
         fewest = self.yields[ready].min()
         self.at = int(self.pc[ready & (self.yields == fewest)].min())
         can_join = ready | (self.status == PARKED)
@@ -185,10 +186,14 @@ class Block:
         self.group_full = self.full = bool(group.all())
         self.group_index = self.index = self.everyone if self.full else np.flatnonzero(group)
 
-    def stuck(self) -> str:
-        waiting = [f"{(self.barrier[self.status == WAITING] == b).sum()} threads at barrier {b}" for b in self.arrived]
-        parked = int((self.status == PARKED).sum())
-        return "; ".join([*waiting, *([f"{parked} threads wait for the rest of their warp"] if parked else [])])
+    def stuck(self) -> Fault:
+        """What to say when no thread can go on: some wait at barriers, some for the rest of their warp."""
+        parts = [f"{(self.barrier[self.status == WAITING] == b).sum()} threads at barrier {b}" for b in self.arrived]
+        parked = self.pc[self.status == PARKED]
+        parts += [f"{(parked == at).sum()} threads without the rest of their warp" for at in np.unique(parked)]
+        kind = "divergent" if any(self.program.steps[at].aligned for at in parked) else "deadlock"
+        where = self.program.text(int(parked[0])) if len(parked) else None
+        return Fault(kind, "nobody can go on: " + "; ".join(parts), where)
 
     def run_together(self) -> Iterator[str]:
         """Runs the chosen threads until they part, wait, leave, or come to where others stand."""
@@ -206,7 +211,7 @@ class Block:
                     return
             else:
                 if len(self.index):
-                    if step.members is not None and not self.gather(step):
+                    if step.members is not None and not self.gather(step.members(self)):
                         return
                     step.run(self)
                 self.at += 1
@@ -226,25 +231,30 @@ class Block:
         if self.steps > MAX_STEPS:
             raise Fault("deadlock", f"still running after {MAX_STEPS} instructions")
 
-    def gather(self, step: Step) -> bool:
-        """Whether the lanes the instruction names are all here; if not, those that are wait for the others."""
-        members = self.of_active(step.members(self))
+    def gather(self, members: np.ndarray) -> bool:
+        """Goes on with the warps whose lanes that must take part ([threads] bit masks) are all here, if any.
+
+        The other warps' lanes wait where they are.
+        """
         here = np.zeros((self.warps, WARP), bool)
         here.reshape(-1)[self.index] = True
         wanted = np.zeros((self.warps, WARP), bool)
-        named = (members[:, None] >> np.arange(WARP, dtype=np.uint32) & np.uint32(1)).astype(bool)
-        wanted[self.index // WARP] = named
+        named = self.of_active(members)[:, None] >> np.arange(WARP, dtype=np.uint32) & np.uint32(1)
+        wanted[self.index // WARP] = named.astype(bool)
         alive = np.zeros(self.warps * WARP, bool)
         alive[: self.threads] = self.status != EXITED
-        missing = (wanted & ~here & alive.reshape(self.warps, WARP)).any(axis=1)
+        missing = wanted & ~here & alive.reshape(self.warps, WARP)
         if not missing.any():
             return True
-        if step.predicate is not None or step.aligned:
-            raise Fault("divergent", "an instruction for a whole warp, executed by a part of it")
-        parked = self.group & missing[self.everyone // WARP]
+        if missing.reshape(-1)[: self.threads][self.group].any():
+            raise Fault("divergent", "an instruction for a whole warp, with some of its lanes predicated off")
         self.pc[self.group] = self.at
-        self.status[parked] = PARKED
-        return False
+        incomplete = missing.any(axis=1)[self.everyone // WARP]
+        self.status[self.group & incomplete] = PARKED
+        active = self.active & ~incomplete
+        self.take(self.group & ~incomplete)
+        self.active, self.index, self.alone = active, np.flatnonzero(active), False
+        return len(self.index) > 0
 
     def control(self, step: Step) -> Iterator[str]:
         """Branches, exits and barriers. Returns whether the same threads go on together."""
@@ -284,34 +294,34 @@ class Block:
 
     def meet(self, barrier: Barrier) -> Iterator[str]:
         """The active threads arrive; they wait unless `barrier.arrive`."""
-        number = int(self.of_active(barrier.number(self))[0]) if len(self.index) else 0
         if len(self.index):
-            self.arrive(barrier, number)
+            if barrier.aligned and not self.gather(np.asarray(ALL_LANES)):
+                return False
+            numbers = self.of_active(barrier.number(self))
+            for number in np.unique(numbers):
+                self.arrive(barrier, int(number), self.index[numbers == number])
         self.pc[self.group] = self.at + 1
         self.release_barriers()
         yield "barrier"
         return False
 
-    def arrive(self, barrier: Barrier, number: int) -> None:
-        here = self.agents[self.index]
-        alive = self.agents[self.status != EXITED]
-        if barrier.aligned and (np.isin(alive, here).sum() != len(here)):
-            raise Fault("divergent", f"barrier {number} reached by a part of a warp")
+    def arrive(self, barrier: Barrier, number: int, threads: np.ndarray) -> None:
         count = None
         if barrier.count is not None:
-            count = int(self.of_active(barrier.count(self))[0])
-            if count % WARP or not 0 < count <= self.warps * WARP:
-                raise Fault("barrier", f"barrier {number} counts {count} threads of {self.threads}")
+            counts = np.broadcast_to(barrier.count(self), self.threads)[threads]
+            count = int(counts[0])
+            if (counts != count).any() or count % WARP or not 0 < count <= self.warps * WARP:
+                raise Fault("barrier", f"barrier {number} counts {set(counts.tolist())} of {self.threads} threads")
         arrivals, expected, known, votes = self.arrived.get(number, (0, count, 0, []))
         if expected != count:
             raise Fault("barrier", f"barrier {number} counts {count} threads here and {expected} elsewhere")
-        known = np.maximum(known, self.launch.clocks.arrive(np.unique(here)))
+        known = np.maximum(known, self.launch.clocks.arrive(np.unique(self.agents[threads])))
         if barrier.reduce:
-            votes = [*votes, self.of_active(barrier.reduce.read(self))]
-        self.arrived[number] = (arrivals + len(here), count, known, votes)
+            votes = [*votes, np.broadcast_to(barrier.reduce.read(self), self.threads)[threads]]
+        self.arrived[number] = (arrivals + len(threads), count, known, votes)
         if not barrier.arrive:
-            self.status[self.active] = WAITING
-            self.barrier[self.active] = number
+            self.status[threads] = WAITING
+            self.barrier[threads] = number
 
     def release_barriers(self) -> None:
         for number, (arrivals, count, known, votes) in list(self.arrived.items()):

@@ -140,6 +140,7 @@ class Memory:
         writer = self.writer.reshape(-1, width)
         if clocks is None:
             writer[row] = NOBODY
+            self.write_epoch.reshape(-1, width)[row] = 0
             return
         writer[row] = agents[:, None]
         self.write_epoch.reshape(-1, width)[row] = clocks.epoch[agents][:, None]

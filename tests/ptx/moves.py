@@ -106,7 +106,7 @@ def _conversion(instruction: Instruction, result: str, source: str) -> Callable:
             x = flush(x) if "ftz" in modes and source == "f32" else x
             whole = to_int(x.astype(np.float64))
             inside = (whole >= low) & (whole <= high) & (whole < float(high) + 1)
-            clamped = np.where(whole > 0, high, low).astype(target)
+            clamped = np.where(whole > 0, target(high), target(low))
             result = np.where(inside, np.where(inside, whole, 0).astype(target), clamped)
             return np.where(np.isnan(whole), nan, result)
 

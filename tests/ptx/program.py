@@ -91,7 +91,7 @@ class Program:
     def _step(self, instruction: Instruction) -> Step:
         control = self._control(instruction)
         if control is not None:
-            return Step(instruction.predicate, control=control)
+            return Step(instruction.predicate, control=control, aligned=getattr(control, "aligned", False))
         if instruction.name not in RULES:
             raise UnknownInstruction(instruction.text)
         run = RULES[instruction.name](instruction)
