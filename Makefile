@@ -6,7 +6,7 @@ MAX_NEW_TOKENS ?= 128
 export JAXDECODE_PYTHON
 BIN := .venv/bin
 
-.PHONY: demo test test-live lint types env env-hf weights clean
+.PHONY: demo test test-live test-compiled lint types env env-hf env-check weights clean
 
 demo: env
 	@$(BIN)/python scripts/demo.py --max-new-tokens $(MAX_NEW_TOKENS) -- "$$DEMO_QUESTION"
@@ -19,6 +19,10 @@ test: lint types weights
 test-live: env-hf weights
 	JAXDECODE_HF_PYTHON=.venv-hf/bin/python $(BIN)/python -m pytest tests/live
 
+# Programs compiled for cards that are not here, and run: an environment that also holds NVIDIA's compiler.
+test-compiled: env-check
+	.venv-check/bin/python -m pytest tests/aot tests/ptx
+
 lint: env
 	$(BIN)/ruff check .
 
@@ -28,6 +32,9 @@ types: env
 env:
 	@scripts/bootstrap.sh .venv "3.12 3.13 3.14" -c constraints.txt -e '.[test]'
 
+env-check:
+	@scripts/bootstrap.sh .venv-check "3.12 3.13 3.14" -c constraints.txt -e '.[test,check]'
+
 # Python 3.11 comes first: on Linux its newest torch on the package index is a small build without CUDA.
 env-hf:
 	@scripts/bootstrap.sh .venv-hf "3.11 3.12 3.13 3.14" -r scripts/hf-requirements.txt
@@ -36,4 +43,4 @@ weights: env
 	@$(BIN)/python scripts/smollm2.py
 
 clean:
-	rm -rf .venv .venv-hf .cache
+	rm -rf .venv .venv-hf .venv-check .cache
