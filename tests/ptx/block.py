@@ -157,7 +157,7 @@ class Block:
                     raise Fault(fault.kind, fault.message, self.describe()) from None
 
     def describe(self) -> str:
-        threads = self.index
+        threads = self.index if len(self.index) else self.everyone
         who = f"threads {threads[0]}…{threads[-1]}" if len(threads) > 1 else f"thread {threads[0]}"
         return f"{self.program.text(self.at)}   (block {self.place}, {who})"
 
