@@ -128,10 +128,21 @@ def _sign_and_order(instruction: Instruction) -> Run:
     (type_,) = known(instruction, "ftz", "NaN", "relu")
     nan = "NaN" in instruction.modifiers
     smallest, largest = (np.minimum, np.maximum) if nan or not is_float(type_) else (np.fmin, np.fmax)
+    if is_float(type_):
+        smallest, largest = _zeros_in_order(smallest, 1), _zeros_in_order(largest, 0)
     compute = {"abs": np.abs, "neg": np.negative, "min": smallest, "max": largest}[instruction.name]
     if is_float(type_):
         compute = _exact_float(compute, instruction)
     return elementwise(instruction, compute, [type_] * (len(instruction.operands) - 1), type_)
+
+
+def _zeros_in_order(choose: Callable, first_if: int) -> Callable:
+    """-0 lies below +0: of two equal numbers the first is taken if its sign bit is `first_if`."""
+
+    def run(a, b):
+        return np.where(a == b, np.where(np.signbit(a) == first_if, a, b), choose(a, b))
+
+    return run
 
 
 def _exact_float(compute: Callable, instruction: Instruction) -> Callable:
