@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import os
 import pickle
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -75,11 +76,13 @@ def _compile(job: Job, dump: Path) -> CompiledProgram:
     kept = sorted(lowered._lowering.compile_args["kept_var_idx"])
     options = {name: program.compiler_options[name] for name in sorted(program.compiler_options)}
     file = job.cache / f"{_key(lowered.as_text(), job.target, options, kept)}.pickle" if job.cache else None
-    if file and file.exists():
-        return dataclasses.replace(pickle.loads(file.read_bytes()), cached=True)
+    if file and (found := _from_cache(file)):
+        return found
     for left in dump.iterdir():
         # a Mosaic kernel is compiled once in this process: what was written of it serves later programs too
-        if left.name.startswith("module_") or left.suffix not in (".ptx", ".ll"):
+        if left.is_dir():  # of what the build itself ran on the CPU
+            shutil.rmtree(left)
+        elif left.name.startswith("module_") or left.suffix not in (".ptx", ".ll"):
             left.unlink()
     compiled = _read(lowered.compile(compiler_options=options or None), job.target, kept, dump)
     if file:
@@ -143,11 +146,30 @@ def _device(target: Target) -> Any:
 def _key(text: str, target: Target, options: dict[str, Any], kept: list[int]) -> str:
     """What decides the outcome: the program, the card, the compiler, and how its output is read here."""
     digest = hashlib.sha256(text.encode())
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", *PACKAGES)}
-    digest.update(repr((target, options, kept, versions)).encode())
+    versions = [
+        f"{d.name} {d.version}" for d in importlib.metadata.distributions() if d.name in ("jax", "jaxlib", *PACKAGES)
+    ]
+    digest.update(repr((target, options, kept, sorted(versions))).encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def _from_cache(file: Path) -> CompiledProgram | None:
+    """What was compiled before; a damaged file counts as none."""
+    try:
+        return dataclasses.replace(pickle.loads(file.read_bytes()), cached=True)
+    except (
+        FileNotFoundError,
+        EOFError,
+        pickle.UnpicklingError,
+        AttributeError,
+        ImportError,
+        IndexError,
+        TypeError,
+        ValueError,
+    ):
+        return None
 
 
 def _write_atomically(file: Path, data: bytes) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ptx.parser import Instruction
-from ptx.rounding import ROUNDING, finish, flush
+from ptx.rounding import DIRECTED, ROUNDING, add_to_odd, finish, flush
 from ptx.rules import Run, elementwise, rule
 from ptx.values import SIGNED, UNSIGNED, bits_of, dtype_of, is_float, known, reader, writer
 
@@ -22,6 +22,8 @@ def int_divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(b == 0, ~np.zeros_like(quotient), quotient)
 
 
+# In float64 the product of two narrower floats is exact, and a sum is rounded so that rounding it again does no harm.
+WIDE = {"add": add_to_odd, "sub": lambda a, b: add_to_odd(a, -b), "mul": operator.mul}
 BINARY = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv}
 
 
@@ -30,7 +32,9 @@ def _binary(instruction: Instruction) -> Run:
     types = known(instruction, *ROUNDING, "lo", "hi", "wide", "cc")
     type_ = types[-1]
     if is_float(type_):
-        compute = finish(BINARY[instruction.name], instruction, type_)
+        directed = any(m in DIRECTED for m in instruction.modifiers)
+        exact = instruction.name != "div" and type_ != "f64" and (type_ != "f32" or directed)
+        compute = finish(WIDE[instruction.name] if exact else BINARY[instruction.name], instruction, type_, exact)
         return elementwise(instruction, compute, [type_, type_], type_)
     if "cc" in instruction.modifiers:
         return _with_carry(instruction)
@@ -77,8 +81,11 @@ def multiply_high(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 @rule("addc", "subc", "madc")
 def _with_carry(instruction: Instruction) -> Run:
     """Sums of long numbers: `.cc` leaves the carry in the thread's condition code, the c of the name adds it."""
-    type_ = f"u{bits_of(known(instruction, 'cc', 'lo', 'hi')[-1])}"
-    reads = [reader(operand, type_) for operand in instruction.operands[1:]]
+    named = known(instruction, "cc", "lo", "hi")[-1]
+    type_ = f"u{bits_of(named)}"
+    *factors, _ = operands = instruction.operands[1:]
+    multiplies = len(operands) == 3
+    reads = [reader(operand, named if multiplies else type_) for operand in factors] + [reader(operands[-1], type_)]
     write = writer(instruction.operands[0], type_)
     carry_in = instruction.name.endswith("c")
     minus = instruction.name.startswith("sub")
@@ -86,7 +93,7 @@ def _with_carry(instruction: Instruction) -> Run:
 
     def run(block):
         *factors, b = [read(block) for read in reads]
-        a = multiply(*factors) if len(factors) == 2 else factors[0]
+        a = np.asarray(multiply(*factors)).view(b.dtype) if multiplies else factors[0]
         carry = block.carry.astype(b.dtype) if carry_in else np.zeros_like(b)
         if minus:
             result, out = a - b - carry, (a < b) | ((a == b) & (carry == 1))
@@ -106,14 +113,20 @@ def _multiply_add(instruction: Instruction) -> Run:
     if "cc" in instruction.modifiers:
         return _with_carry(instruction)
     if is_float(type_):
-        # The product of two floats is exact in float64 and the sum rounded once more; float64 itself uses long double.
-        def compute(a, b, c):
-            if type_ == "f64":
-                return (np.asarray(a, np.longdouble) * b + c).astype(np.float64)
-            return a * b + c
-
-        return elementwise(instruction, finish(compute, instruction, type_), [type_] * 3, type_)
+        if type_ == "f64":
+            compute = finish(lambda a, b, c: np.asarray(a, np.longdouble) * b + c, instruction, type_)
+        else:
+            compute = finish(lambda a, b, c: add_to_odd(a * b, c), instruction, type_, exact=True)
+        return elementwise(instruction, compute, [type_] * 3, type_)
     multiply, _, result = _int_multiply(instruction, type_)
+    if "sat" in instruction.modifiers:  # mad.hi.sat.s32
+        low, high = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+        return elementwise(
+            instruction,
+            lambda a, b, c: np.clip(multiply(a, b).astype(np.int64) + c, low, high),
+            [type_, type_, result],
+            result,
+        )
     return elementwise(instruction, lambda a, b, c: multiply(a, b) + c, [type_, type_, result], result)
 
 
@@ -147,7 +160,7 @@ def _zeros_in_order(choose: Callable, first_if: int) -> Callable:
 
 def _exact_float(compute: Callable, instruction: Instruction) -> Callable:
     def run(*operands):
-        if "ftz" in instruction.modifiers and operands[0].dtype == np.float32:
+        if "ftz" in instruction.modifiers:
             operands = [flush(x) for x in operands]
         result = compute(*operands)
         return np.where(result < 0, np.zeros_like(result), result) if "relu" in instruction.modifiers else result

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ptx.faults import Fault
+from ptx.faults import Fault, UnknownInstruction
 from ptx.memory import ALIGNMENT, Memory, SharedMemory
 from ptx.program import Barrier, Branch, Exit, Program, Step
 from ptx.warp_ops import WARP
@@ -101,6 +101,8 @@ class Block:
             return self.specials[name]
         if name in self.addresses:
             return self.addresses[name][0]
+        if name.startswith("%"):
+            raise UnknownInstruction(f"special register {name}")
         return self.launch.symbol(name)
 
     def memory(self, space: str, address: np.ndarray) -> tuple[Memory, np.ndarray]:
@@ -124,17 +126,23 @@ class Block:
         """The active threads' values, of a register or a constant."""
         return np.broadcast_to(values, (self.threads, *values.shape[1:]))[self.index]
 
-    def read_flags(self, address: np.ndarray, acquire: bool) -> None:
-        for agent, each in zip(self.agents[self.index], address, strict=True):
-            self.launch.clocks.read_flag(int(agent), int(each))
-        if acquire:
-            self.launch.clocks.acquire(np.unique(self.agents[self.index]))
+    def flag(self, space: str, address: int) -> tuple[int, int]:
+        """What tells atomics' places apart: shared addresses are the same in every block."""
+        return (int(self.agents[0]) if space == "shared" else 0, int(address))
 
-    def write_flags(self, address: np.ndarray, release: bool) -> None:
-        if release:
-            self.launch.clocks.release(np.unique(self.agents[self.index]))
+    def read_flags(self, space: str, address: np.ndarray, wide: bool) -> None:
         for agent, each in zip(self.agents[self.index], address, strict=True):
-            self.launch.clocks.write_flag(int(agent), int(each))
+            self.launch.clocks.read_flag(int(agent), self.flag(space, each), wide)
+
+    def write_flags(self, space: str, address: np.ndarray, wide: bool) -> None:
+        for agent, each in zip(self.agents[self.index], address, strict=True):
+            self.launch.clocks.write_flag(int(agent), self.flag(space, each), wide)
+
+    def require_whole_warps(self) -> None:
+        """Raises Fault if a warp takes part with some of its lanes only."""
+        lanes = np.bincount(self.index // WARP)
+        if ((lanes != 0) & (lanes != WARP)).any():
+            raise Fault("divergent", "a matrix instruction by a part of a warp")
 
     def wait_for_copies(self, left: int) -> None:
         """The active threads wait until at most `left` of their closed groups are in flight (-1: none at all)."""
@@ -238,9 +246,11 @@ class Block:
         """
         here = np.zeros((self.warps, WARP), bool)
         here.reshape(-1)[self.index] = True
+        named = self.of_active(members)[:, None] >> np.arange(WARP, dtype=np.uint32) & np.uint32(1) == 1
+        if not named[np.arange(len(self.index)), self.index % WARP].all():
+            raise Fault("divergent", "an instruction for lanes among which the one that executes it is not")
         wanted = np.zeros((self.warps, WARP), bool)
-        named = self.of_active(members)[:, None] >> np.arange(WARP, dtype=np.uint32) & np.uint32(1)
-        wanted[self.index // WARP] = named.astype(bool)
+        np.logical_or.at(wanted, self.index // WARP, named)
         alive = np.zeros(self.warps * WARP, bool)
         alive[: self.threads] = self.status != EXITED
         missing = wanted & ~here & alive.reshape(self.warps, WARP)
@@ -288,6 +298,7 @@ class Block:
     def leave(self) -> Iterator[str]:
         self.pc[self.group] = self.at + 1
         self.status[self.active] = EXITED
+        self.status[self.status == PARKED] = READY  # who waited for those who left need not any more
         self.release_barriers()
         yield "exit"
         return False

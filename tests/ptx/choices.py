@@ -43,12 +43,15 @@ def _compare(instruction: Instruction) -> Run:
     combine = next((COMBINE[m] for m in instruction.modifiers if m in COMBINE), None)
     first, second = (reader(operand, type_) for operand in instruction.operands[1:3])
     third = reader(instruction.operands[3], "pred") if combine else None
-    ftz = "ftz" in instruction.modifiers and type_ == "f32"
+    ftz = "ftz" in instruction.modifiers
 
     def test(block):
         a, b = first(block), second(block)
         result = compare(flush(a), flush(b)) if ftz else compare(a, b)
-        return result, (combine(result, third(block)) if combine else result)
+        if not combine:
+            return result, result, ~result
+        other = third(block)[..., None] if type_ in PACKED else third(block)
+        return result, combine(result, other), combine(~result, other)
 
     if instruction.name == "set":
         return _set_value(instruction, types[0], test)
@@ -57,14 +60,14 @@ def _compare(instruction: Instruction) -> Run:
     write_other = writer(other, "pred") if other is not None else None
 
     def run(block):
-        plain, result = test(block)
+        _, result, opposite = test(block)
         if type_ in PACKED:  # p and q are the two halves'
             write(block, result[..., 0])
             write_other(block, result[..., 1])
             return
         write(block, result)
         if write_other:
-            write_other(block, combine(~plain, third(block)) if combine else ~plain)
+            write_other(block, opposite)
 
     return run
 
@@ -85,7 +88,8 @@ def _select(instruction: Instruction) -> Run:
 @rule("slct")
 def _select_by_sign(instruction: Instruction) -> Run:
     result, test = known(instruction, "ftz")
-    return elementwise(instruction, lambda a, b, c: np.where(c >= 0, a, b), [result, result, test], result)
+    clean = flush if "ftz" in instruction.modifiers else lambda c: c
+    return elementwise(instruction, lambda a, b, c: np.where(clean(c) >= 0, a, b), [result, result, test], result)
 
 
 @rule("testp")

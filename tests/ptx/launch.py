@@ -108,8 +108,11 @@ class Launch:
         self.program = Program(entry, module.variables)
         self.grid, self.block, self.memory, self.dynamic_shared = grid, block, memory, dynamic_shared
         self.random = None if seed is None else random.Random(seed)
+        threads = block[0] * block[1] * block[2]
+        if threads > min(1024, entry.max_threads or 1024):
+            raise ValueError(f"{threads} threads a block; {kernel} allows {min(1024, entry.max_threads or 1024)}")
         warps = -(-block[0] * block[1] * block[2] // WARP)
-        self.clocks = Clocks(grid[0] * grid[1] * grid[2] * warps)
+        self.clocks = Clocks(grid[0] * grid[1] * grid[2] * warps, warps)
         self._place_parameters(entry.params, parameters)
         self._place_variables(module.variables)
         memory.forget_accesses()

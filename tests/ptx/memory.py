@@ -10,7 +10,6 @@ import numpy as np
 from ptx.clocks import Clocks
 from ptx.faults import Fault
 
-NOBODY = 0
 ALIGNMENT = 256
 
 
@@ -34,8 +33,10 @@ class Memory:
         """What comes before a new launch is over."""
         self.writer = np.zeros(self.size, np.int32)
         self.write_epoch = np.zeros(self.size, np.int32)
-        self.reader = np.zeros(self.size, np.int32)
-        self.read_epoch = np.zeros(self.size, np.int32)
+        self.strong_write = np.zeros(self.size, bool)
+        # the last weak and the last strong read
+        self.reader = np.zeros((2, self.size), np.int32)
+        self.read_epoch = np.zeros((2, self.size), np.int32)
 
     def end(self) -> int:
         return self.base + self.size
@@ -79,43 +80,45 @@ class Memory:
         past = int(address) - self.base - int(allocated[-1]) - 1
         return f"{self.name} address {int(address):#x}" + (f", {past} bytes past the end of a buffer" if past else "")
 
-    def load(self, address: np.ndarray, width: int, agents: np.ndarray, clocks: Clocks | None) -> np.ndarray:
-        """[n] addresses -> uint8[n, width]. Without `clocks`: atomic or volatile, so in a race with nobody."""
+    def load(
+        self, address: np.ndarray, width: int, agents: np.ndarray, clocks: Clocks, strong: bool = False
+    ) -> np.ndarray:
+        """[n] addresses -> uint8[n, width]. Strong accesses, atomic or volatile, race with others' weak ones only."""
         row = self.rows(address, width)
         written = self.written.reshape(-1, width)[row]
         if not written.all():
             bad = address[~written.all(axis=1)][0]
             raise Fault("uninitialised", f"read of bytes never written, {self.describe(bad)}")
-        if clocks is not None:
-            self.check_written(row, width, agents, clocks, None)
-            self.note_read(row, width, agents, clocks)
+        self.check_written(row, width, agents, clocks, strong, None)
+        self.note_read(row, width, agents, clocks, strong)
         return self.data.reshape(-1, width)[row]
 
-    def store(self, address: np.ndarray, values: np.ndarray, agents: np.ndarray, clocks: Clocks | None) -> None:
-        """uint8[n, width] to [n] addresses. Without `clocks`: atomic or volatile."""
+    def store(
+        self, address: np.ndarray, values: np.ndarray, agents: np.ndarray, clocks: Clocks, strong: bool = False
+    ) -> None:
+        """uint8[n, width] to [n] addresses."""
         width = values.shape[1]
         row = self.rows(address, width)
         data = self.data.reshape(-1, width)
-        if clocks is not None:
-            self.check_overwrite(row, width, agents, clocks, values)
+        self.check_written(row, width, agents, clocks, strong, values)
+        self.check_read(row, width, agents, clocks, strong)
         self.changes += bool((data[row] != values).any())
         data[row] = values
-        self.written.reshape(-1, width)[row] = True
-        if clocks is not None and (data[row] != values).any():
+        if not strong and (data[row] != values).any():
             raise Fault("race", f"two threads write different values to the same {self.name} bytes")
-        self.note_write(row, width, agents, clocks)
-
-    def check_overwrite(
-        self, row: np.ndarray, width: int, agents: np.ndarray, clocks: Clocks, values: np.ndarray | None
-    ) -> None:
-        self.check_written(row, width, agents, clocks, values)
-        reader = self.reader.reshape(-1, width)[row]
-        late = self.read_epoch.reshape(-1, width)[row] > clocks.seen[agents[:, None], reader]
-        if (late & (reader != agents[:, None])).any():
-            raise Fault("race", f"write over {self.name} bytes that another warp may still be reading")
+        self.written.reshape(-1, width)[row] = True
+        self.writer.reshape(-1, width)[row] = agents[:, None]
+        self.write_epoch.reshape(-1, width)[row] = clocks.epoch[agents][:, None]
+        self.strong_write.reshape(-1, width)[row] = strong
 
     def check_written(
-        self, row: np.ndarray, width: int, agents: np.ndarray, clocks: Clocks, values: np.ndarray | None
+        self,
+        row: np.ndarray,
+        width: int,
+        agents: np.ndarray,
+        clocks: Clocks,
+        strong: bool,
+        values: np.ndarray | None,
     ) -> None:
         """Bytes another warp wrote must not be read, nor given other `values`, before something orders the two.
 
@@ -126,24 +129,25 @@ class Memory:
             return
         late = self.write_epoch.reshape(-1, width)[row] > clocks.seen[agents[:, None], writer]
         late &= writer != agents[:, None]
+        if strong:
+            late &= ~self.strong_write.reshape(-1, width)[row]
         if values is not None:
             late &= self.data.reshape(-1, width)[row] != values
         if late.any():
             what = "read of" if values is None else "write over"
             raise Fault("race", f"{what} {self.name} bytes that another warp has written, and nothing orders the two")
 
-    def note_read(self, row: np.ndarray, width: int, agents: np.ndarray, clocks: Clocks) -> None:
-        self.reader.reshape(-1, width)[row] = agents[:, None]
-        self.read_epoch.reshape(-1, width)[row] = clocks.epoch[agents][:, None]
+    def check_read(self, row: np.ndarray, width: int, agents: np.ndarray, clocks: Clocks, strong: bool) -> None:
+        """Bytes another warp may still be reading must not be written."""
+        for kind in (0,) if strong else (0, 1):
+            reader = self.reader[kind].reshape(-1, width)[row]
+            late = self.read_epoch[kind].reshape(-1, width)[row] > clocks.seen[agents[:, None], reader]
+            if (late & (reader != agents[:, None])).any():
+                raise Fault("race", f"write over {self.name} bytes that another warp may still be reading")
 
-    def note_write(self, row: np.ndarray, width: int, agents: np.ndarray, clocks: Clocks | None) -> None:
-        writer = self.writer.reshape(-1, width)
-        if clocks is None:
-            writer[row] = NOBODY
-            self.write_epoch.reshape(-1, width)[row] = 0
-            return
-        writer[row] = agents[:, None]
-        self.write_epoch.reshape(-1, width)[row] = clocks.epoch[agents][:, None]
+    def note_read(self, row: np.ndarray, width: int, agents: np.ndarray, clocks: Clocks, strong: bool) -> None:
+        self.reader[int(strong)].reshape(-1, width)[row] = agents[:, None]
+        self.read_epoch[int(strong)].reshape(-1, width)[row] = clocks.epoch[agents][:, None]
 
 
 class SharedMemory(Memory):
@@ -163,31 +167,33 @@ class SharedMemory(Memory):
 
     def forget_accesses(self) -> None:
         super().forget_accesses()
-        self.reads = np.zeros((self.size, self.warps), np.int32)
+        self.reads = np.zeros((2, self.size, self.warps), np.int32)
 
     def check_in_flight(self, row: np.ndarray, width: int, what: str) -> None:
         if self.copies and self.copy_thread.reshape(-1, width)[row].any():
             raise Fault("in-flight", f"{what} shared memory bytes that a cp.async has not finished writing")
 
-    def load(self, address: np.ndarray, width: int, agents: np.ndarray, clocks: Clocks | None) -> np.ndarray:
+    def load(
+        self, address: np.ndarray, width: int, agents: np.ndarray, clocks: Clocks, strong: bool = False
+    ) -> np.ndarray:
         self.check_in_flight(self.rows(address, width), width, "read of")
-        return super().load(address, width, agents, clocks)
+        return super().load(address, width, agents, clocks, strong)
 
-    def store(self, address: np.ndarray, values: np.ndarray, agents: np.ndarray, clocks: Clocks | None) -> None:
-        self.check_in_flight(self.rows(address, values.shape[1]), values.shape[1], "write over")
-        super().store(address, values, agents, clocks)
-
-    def check_overwrite(
-        self, row: np.ndarray, width: int, agents: np.ndarray, clocks: Clocks, values: np.ndarray | None
+    def store(
+        self, address: np.ndarray, values: np.ndarray, agents: np.ndarray, clocks: Clocks, strong: bool = False
     ) -> None:
-        self.check_written(row, width, agents, clocks, values)
+        self.check_in_flight(self.rows(address, values.shape[1]), values.shape[1], "write over")
+        super().store(address, values, agents, clocks, strong)
+
+    def check_read(self, row: np.ndarray, width: int, agents: np.ndarray, clocks: Clocks, strong: bool) -> None:
         known = clocks.seen[agents, self.first_agent : self.first_agent + self.warps]
         known[np.arange(len(agents)), agents - self.first_agent] = np.iinfo(np.int32).max
-        if (self.reads.reshape(-1, width, self.warps)[row] > known[:, None, :]).any():
-            raise Fault("race", "write over shared memory bytes that another warp may still be reading")
+        for kind in (0,) if strong else (0, 1):
+            if (self.reads[kind].reshape(-1, width, self.warps)[row] > known[:, None, :]).any():
+                raise Fault("race", "write over shared memory bytes that another warp may still be reading")
 
-    def note_read(self, row: np.ndarray, width: int, agents: np.ndarray, clocks: Clocks) -> None:
-        reads = self.reads.reshape(-1, width, self.warps)
+    def note_read(self, row: np.ndarray, width: int, agents: np.ndarray, clocks: Clocks, strong: bool) -> None:
+        reads = self.reads[int(strong)].reshape(-1, width, self.warps)
         reads[row, :, agents - self.first_agent] = clocks.epoch[agents][:, None]
 
     def start_copy(
@@ -203,7 +209,10 @@ class SharedMemory(Memory):
         width = values.shape[1]
         row = self.rows(address, width)
         self.check_in_flight(row, width, "copy into")
-        self.check_overwrite(row, width, agents, clocks, None)
+        if len(np.unique(row)) < len(row):
+            raise Fault("in-flight", "two threads copy to the same shared memory bytes")
+        self.check_written(row, width, agents, clocks, False, None)
+        self.check_read(row, width, agents, clocks, False)
         self.data.reshape(-1, width)[row] = values
         self.copy_thread.reshape(-1, width)[row] = threads[:, None] + 1
         self.copy_group.reshape(-1, width)[row] = groups[:, None]
@@ -221,4 +230,5 @@ class SharedMemory(Memory):
         self.written[at] = True
         self.writer[at] = agents[thread]
         self.write_epoch[at] = clocks.epoch[agents[thread]]
+        self.strong_write[at] = False
         self.copies = not arrived.all()

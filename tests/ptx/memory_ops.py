@@ -56,7 +56,7 @@ def strength(instruction: Instruction) -> str:
 @rule("ld", "ldu")
 def _load(instruction: Instruction) -> Run:
     (type_,) = known(instruction, *SPACES, *HINTS, *STRONG, *SCOPES, *WIDTHS)
-    space, strong = space_of(instruction), strength(instruction)
+    space, strong, wide = space_of(instruction), strength(instruction), "cta" not in instruction.modifiers
     targets = registers_of(instruction.operands[0])
     writes = [writer(target, type_) for target in targets]
     addresses = Addresses(instruction.operands[1], space)
@@ -69,23 +69,24 @@ def _load(instruction: Instruction) -> Run:
         if where == "param":
             raw = block.launch.parameter_bytes(address, whole)
         else:
-            clocks = block.launch.clocks if strong == "weak" else None
-            memory, address = block.memory(where, address)
-            raw = memory.load(address, whole, block.agents[block.index], clocks)
+            memory, place = block.memory(where, address)
+            raw = memory.load(place, whole, block.agents[block.index], block.launch.clocks, strong != "weak")
         values = np.ascontiguousarray(raw).view(dtype)
         for i, write in enumerate(writes):
             write(block, block.spread(values[:, i]))
         if strong != "weak":
-            block.read_flags(address, strong == "acquire")
+            block.read_flags(where, address, wide)
+        if strong == "acquire":
+            block.launch.clocks.acquire(np.unique(block.agents[block.index]), wide)
 
-    run.yields = strong not in ("weak",)
+    run.yields = strong != "weak"
     return run
 
 
 @rule("st")
 def _store(instruction: Instruction) -> Run:
     (type_,) = known(instruction, *SPACES, *HINTS, *STRONG, *SCOPES, *WIDTHS)
-    space, strong = space_of(instruction), strength(instruction)
+    space, strong, wide = space_of(instruction), strength(instruction), "cta" not in instruction.modifiers
     addresses = Addresses(instruction.operands[0], space)
     reads = [reader(source, type_) for source in registers_of(instruction.operands[1])]
     dtype = dtype_of(type_)
@@ -94,11 +95,12 @@ def _store(instruction: Instruction) -> Run:
         where, address = addresses(block)
         values = np.stack([block.of_active(read(block)) for read in reads], axis=-1)
         raw = np.ascontiguousarray(values.astype(dtype, copy=False)).view(np.uint8)
+        if strong == "release":
+            block.launch.clocks.release(np.unique(block.agents[block.index]), wide)
         if strong != "weak":
-            block.write_flags(address, strong == "release")
-        clocks = block.launch.clocks if strong == "weak" else None
-        memory, address = block.memory(where, address)
-        memory.store(address, raw, block.agents[block.index], clocks)
+            block.write_flags(where, address, wide)
+        memory, place = block.memory(where, address)
+        memory.store(place, raw, block.agents[block.index], block.launch.clocks, strong != "weak")
 
     run.yields = strong != "weak"
     return run
@@ -130,7 +132,7 @@ ATOMICS: dict[str, Callable] = {
 def _atomic(instruction: Instruction) -> Run:
     types = known(instruction, *ATOMICS, *STRONG, *SCOPES, "global", "shared", "cta", "noftz")
     type_ = types[-1]
-    strong = strength(instruction)
+    strong, wide = strength(instruction), "cta" not in instruction.modifiers
     combine = ATOMICS[next(m for m in instruction.modifiers if m in ATOMICS)]
     returns = instruction.name == "atom"
     write = writer(instruction.operands[0], type_) if returns else None
@@ -142,21 +144,23 @@ def _atomic(instruction: Instruction) -> Run:
     def run(block):
         where, address = addresses(block)
         operands = [block.of_active(read(block)) for read in reads]
-        agents = block.agents[block.index]
-        memory, address = block.memory(where, address)
+        agents, clocks = block.agents[block.index], block.launch.clocks
+        memory, place = block.memory(where, address)
         old = [None] * len(address)
         if strong in ("release", "acq_rel"):
-            block.launch.clocks.release(np.unique(agents))
+            clocks.release(np.unique(agents), wide)
         for i in block.launch.any_order(len(address)):
-            before = memory.load(address[i : i + 1], _width(type_), agents[i : i + 1], None).view(dtype)[0]
+            one = slice(i, i + 1)
+            before = memory.load(place[one], _width(type_), agents[one], clocks, True).view(dtype)[0]
             old[i] = before if before.shape[0] > 1 else before[0]
             after = combine(old[i], *[operand[i] for operand in operands])
             raw = np.atleast_1d(np.asarray(after, dtype)).view(np.uint8)[None, :]
-            memory.store(address[i : i + 1], raw, agents[i : i + 1], None)
-            block.launch.clocks.read_flag(int(agents[i]), int(address[i]))
-            block.launch.clocks.write_flag(int(agents[i]), int(address[i]))
+            memory.store(place[one], raw, agents[one], clocks, True)
+            flag = block.flag(where, address[i])
+            clocks.read_flag(int(agents[i]), flag, wide)
+            clocks.write_flag(int(agents[i]), flag, wide)
         if strong in ("acquire", "acq_rel"):
-            block.launch.clocks.acquire(np.unique(agents))
+            clocks.acquire(np.unique(agents), wide)
         if write:
             write(block, block.spread(np.asarray(old, dtype)))
 
@@ -170,16 +174,29 @@ def _width(type_: str) -> int:
 
 @rule("membar", "fence")
 def _fence(instruction: Instruction) -> Run:
-    """Fences for the whole device order accesses between blocks; those for one block order none of those."""
+    """Fences for one block (`.cta`) order nothing between blocks."""
     known(instruction, "gl", "sys", "cta", "gpu", "cluster", "sc", "acq_rel", "acquire", "release")
-    wide = any(m in instruction.modifiers for m in ("gl", "sys", "gpu"))
+    wide = "cta" not in instruction.modifiers
 
     def run(block):
-        if wide:
-            agents = np.unique(block.agents[block.index])
-            block.launch.clocks.release(agents)
-            block.launch.clocks.acquire(agents)
+        agents = np.unique(block.agents[block.index])
+        if "acquire" not in instruction.modifiers:
+            block.launch.clocks.release(agents, wide)
+        if "release" not in instruction.modifiers:
+            block.launch.clocks.acquire(agents, wide)
 
+    return run
+
+
+@rule("nanosleep")
+def _sleep(instruction: Instruction) -> Run:
+    """Time is not modelled; the others get their turn."""
+    known(instruction)
+
+    def run(block):
+        pass
+
+    run.yields = True
     return run
 
 
@@ -224,10 +241,14 @@ def _start_copy(instruction: Instruction) -> Run:
         _, target = targets(block)
         _, address = sources(block)
         agents = block.agents[block.index]
+        if (address & (width - 1)).any():
+            raise Fault("misaligned", f"a copy of {width} bytes from {int(address[0]):#x}")
         values = np.zeros((len(target), width), np.uint8)
         count = np.full(len(target), width)
         if taken is not None:
             count = block.of_active(taken(block)).astype(np.int64)
+            if (count > width).any():
+                raise Fault("out-of-bounds", f"a copy of {width} bytes takes {int(count.max())} from its source")
         memory = block.launch.memory
         for n in np.unique(count[count > 0]):
             some = count == n

@@ -8,7 +8,7 @@ import numpy as np
 
 from ptx.faults import UnknownInstruction
 from ptx.parser import Instruction, Vector
-from ptx.rounding import ROUNDING, finish, flush, round_to
+from ptx.rounding import DIRECTED, ROUNDING, finish, flush, round_to
 from ptx.rules import Run, elementwise, rule
 from ptx.values import PACKED, UNSIGNED, WINDOW, bits_of, dtype_of, is_float, known, reader, writer
 
@@ -90,11 +90,13 @@ def _conversion(instruction: Instruction, result: str, source: str) -> Callable:
     if result == "tf32":
         return _to_tf32
     if is_float(result) and is_float(source):
-        to_int = next((TO_INT[m] for m in modes if m in TO_INT), None)
-        return finish(to_int or (lambda x: x), _Widened(instruction, modes), result)
+        to_int = next((TO_INT[m] for m in modes if m in TO_INT), lambda x: x)
+        narrow = finish(to_int, instruction, result, exact=result != "f64")
+        return (lambda x: narrow(flush(x))) if "ftz" in modes else narrow
     if is_float(result):
-        mode = next((m for m in modes if m in ("rz", "rm", "rp")), "rn")
-        # 64-bit integers are not exact in float64: numpy's own conversion rounds once.
+        mode = next((m for m in modes if m in DIRECTED), "rn")
+        if mode != "rn" and bits_of(source) == 64:  # not exact in float64
+            raise UnknownInstruction(instruction.text)
         return lambda x: x.astype(target) if mode == "rn" else round_to(x.astype(np.float64), target, mode)
     low, high = np.iinfo(target).min, np.iinfo(target).max
     if is_float(source):
@@ -103,7 +105,7 @@ def _conversion(instruction: Instruction, result: str, source: str) -> Callable:
         to_int = next(TO_INT[m] for m in modes if m in TO_INT)
 
         def from_float(x):
-            x = flush(x) if "ftz" in modes and source == "f32" else x
+            x = flush(x) if "ftz" in modes else x
             whole = to_int(x.astype(np.float64))
             inside = (whole >= low) & (whole <= high) & (whole < float(high) + 1)
             clamped = np.where(whole > 0, target(high), target(low))
@@ -114,15 +116,6 @@ def _conversion(instruction: Instruction, result: str, source: str) -> Callable:
     if "sat" in modes:
         return lambda x: np.clip(x, max(low, np.iinfo(x.dtype).min), min(high, np.iinfo(x.dtype).max)).astype(target)
     return lambda x: x.astype(target)
-
-
-class _Widened:
-    """An instruction seen as an fma: computed in float64 and rounded once."""
-
-    name = "fma"
-
-    def __init__(self, instruction: Instruction, modifiers: tuple[str, ...]) -> None:
-        self.modifiers, self.text = modifiers, instruction.text
 
 
 def _to_tf32(x: np.ndarray) -> np.ndarray:

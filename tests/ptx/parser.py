@@ -17,8 +17,8 @@ TOKEN = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 
-# Source positions and hints to the optimiser take a line each and change nothing.
-IGNORED = re.compile(r"^\s*\.(?:loc|file|pragma)\b[^\n]*$", re.MULTILINE)
+# Source positions, a line each, and hints to the optimiser change nothing.
+IGNORED = re.compile(r"^\s*\.(?:(?:loc|file)\b[^\n]*$|pragma\b[^;]*;)", re.MULTILINE)
 
 BITS = {"pred": 1, "b8": 8, "u8": 8, "s8": 8, "b16": 16, "u16": 16, "s16": 16, "f16": 16, "bf16": 16, "b32": 32}
 BITS |= {"u32": 32, "s32": 32, "f32": 32, "f16x2": 32, "bf16x2": 32, "b64": 64, "u64": 64, "s64": 64, "f64": 64}
@@ -76,13 +76,14 @@ Operand = Register | Immediate | Symbol | Address | Vector | Pair
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """`name.modifiers operands`, run where `predicate` holds."""
+    """`name.modifiers operands`, run where `predicate` holds; `scope`: the braces it stands in, from outside."""
 
     name: str
     modifiers: tuple[str, ...]
     operands: tuple
     predicate: Register | None
     text: str
+    scope: tuple[int, ...]
 
 
 @dataclasses.dataclass
@@ -98,7 +99,7 @@ class Variable:
 
 @dataclasses.dataclass
 class Kernel:
-    """An entry point; `registers[i]` is the width in bits of register i."""
+    """An entry point; `registers[i]` is the width in bits of register i, `labels[scope, name]` an instruction."""
 
     name: str
     params: list[Variable]
@@ -106,8 +107,15 @@ class Kernel:
     local: list[Variable]
     registers: list[int]
     instructions: list[Instruction]
-    labels: dict[str, int]
+    labels: dict[tuple[tuple[int, ...], str], int]
     max_threads: int | None = None
+
+    def target(self, instruction: Instruction, name: str) -> int:
+        """Where a branch goes: the label of the innermost braces around it that have one of that name."""
+        for depth in range(len(instruction.scope), -1, -1):
+            if (instruction.scope[:depth], name) in self.labels:
+                return self.labels[instruction.scope[:depth], name]
+        raise UnknownInstruction(f"no label {name} for `{instruction.text}`")
 
 
 @dataclasses.dataclass
@@ -190,7 +198,7 @@ class _Parser:
                 kernel = self.kernel()
                 self.found.kernels[kernel.name] = kernel
             elif word == ".func":
-                raise UnknownInstruction("device functions (.func) are not supported; have the compiler inline them")
+                self.skip_statement()  # a call of it is an unknown instruction
             elif word in (".global", ".const", ".shared"):
                 self.found.variables.append(self.variable(word[1:]))
                 self.expect(";")
@@ -271,7 +279,7 @@ class _Parser:
             if word in (".reqntid", ".maxntid"):
                 self.current.max_threads = sizes[0] * (sizes[1] if len(sizes) > 1 else 1) * (*sizes, 1, 1)[2]
         self.scopes: list[dict[str, Register]] = [{}]
-        self.scope_names = ["0"]
+        self.scope: tuple[int, ...] = ()
         self.body()
         return self.current
 
@@ -282,10 +290,10 @@ class _Parser:
             if self.take("{"):
                 made += 1
                 self.scopes.append({})
-                self.scope_names.append(str(made))
+                self.scope = (*self.scope, made)
             elif self.take("}"):
                 self.scopes.pop()
-                self.scope_names.pop()
+                self.scope = self.scope[:-1]
             elif self.take(";"):
                 continue
             elif word == ".reg":
@@ -296,7 +304,7 @@ class _Parser:
                 variables.append(self.variable(word[1:]))
                 self.expect(";")
             elif kind == "word" and self.tokens[self.at + 1][1] == ":":
-                self.current.labels[word] = len(self.current.instructions)
+                self.current.labels[self.scope, word] = len(self.current.instructions)
                 self.at += 2
             elif word.startswith("."):
                 raise UnknownInstruction(f"unknown directive {word} in kernel {self.current.name}")
@@ -340,7 +348,7 @@ class _Parser:
             self.take(",")
         end = self.tokens[self.at - 1][2]
         text = " ".join(self.text[start:end].split())
-        return Instruction(name, tuple(modifiers), tuple(operands), predicate, text)
+        return Instruction(name, tuple(modifiers), tuple(operands), predicate, text, self.scope)
 
     def operand(self) -> Operand:
         if self.take("["):

@@ -109,7 +109,7 @@ class Program:
                 known(instruction, "uni")
                 (target,) = instruction.operands
                 assert isinstance(target, Symbol)
-                return Branch(self.kernel.labels[target.name])
+                return Branch(self.kernel.target(instruction, target.name))
             case "ret" | "exit":
                 known(instruction, "uni")
                 return Exit()

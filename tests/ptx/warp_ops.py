@@ -8,11 +8,11 @@ from __future__ import annotations
 import numpy as np
 
 from ptx.choices import COMBINE
-from ptx.faults import Fault, UnknownInstruction
-from ptx.memory_ops import Addresses
+from ptx.faults import UnknownInstruction
+from ptx.memory_ops import Addresses, space_of
 from ptx.parser import Immediate, Instruction
 from ptx.rules import Run, rule
-from ptx.values import dtype_of, first_of, known, reader, registers_of, writer
+from ptx.values import Reader, dtype_of, first_of, known, reader, registers_of, writer
 
 WARP = 32
 ALL = Immediate(0xFFFFFFFF)
@@ -29,6 +29,19 @@ def by_warp(block, values: np.ndarray) -> np.ndarray:
 
 def by_thread(block, values: np.ndarray) -> np.ndarray:
     return values.reshape(-1, *values.shape[2:])[: block.threads]
+
+
+def bits(lanes: np.ndarray) -> np.ndarray:
+    """bool[…, 32] -> uint32[…]"""
+    return (lanes << np.arange(WARP, dtype=np.uint64)).sum(-1, dtype=np.uint64).astype(np.uint32)
+
+
+def lanes_asked(block, members: Reader) -> np.ndarray:
+    """[warps, 32, 32]: which active lanes each lane's mask names."""
+    masks = by_warp(block, np.broadcast_to(members(block), block.threads))
+    named = masks[:, :, None] >> np.arange(WARP, dtype=np.uint32) & np.uint32(1) == 1
+    active = by_warp(block, block.active)
+    return named & active[:, None, :] & active[:, :, None]
 
 
 def whole_warp(run: Run, members: object = ALL) -> Run:
@@ -68,16 +81,15 @@ def _vote(instruction: Instruction) -> Run:
     mode = instruction.modifiers[1]
     read = reader(instruction.operands[1], "pred")
     write = writer(instruction.operands[0], "b32" if mode == "ballot" else "pred")
+    members = reader(instruction.operands[2], "u32")
 
     def run(block):
-        active, holds = by_warp(block, block.active), by_warp(block, read(block))
+        asked, holds = lanes_asked(block, members), by_warp(block, read(block))[:, None, :]
         if mode == "ballot":
-            bits = ((active & holds) << np.arange(WARP, dtype=np.uint64)).sum(1, dtype=np.uint64).astype(np.uint32)
-            write(block, by_thread(block, np.repeat(bits[:, None], WARP, 1)))
+            write(block, by_thread(block, bits(asked & holds)))
             return
-        everyone, someone = (holds | ~active).all(1), (holds & active).any(1)
-        result = {"all": everyone, "any": someone, "uni": everyone | ~someone}[mode]
-        write(block, by_thread(block, np.repeat(result[:, None], WARP, 1)))
+        everyone, someone = (holds | ~asked).all(2), (holds & asked).any(2)
+        write(block, by_thread(block, {"all": everyone, "any": someone, "uni": everyone | ~someone}[mode]))
 
     return whole_warp(run, instruction.operands[2])
 
@@ -90,16 +102,18 @@ def _match(instruction: Instruction) -> Run:
     write = writer(target, "b32")
     write_found = writer(found, "pred") if found is not None else None
 
+    members = reader(instruction.operands[2], "u32")
+
     def run(block):
-        active, value = by_warp(block, block.active), by_warp(block, read(block))
-        same = (value[:, :, None] == value[:, None, :]) & active[:, None, :]
-        bits = (same << np.arange(WARP, dtype=np.uint64)).sum(2, dtype=np.uint64).astype(np.uint32)
-        if "all" in instruction.modifiers:
-            agree = (same | ~active[:, None, :]).all(2)
-            bits = np.where(agree, bits, np.uint32(0))
-            if write_found:
-                write_found(block, by_thread(block, agree))
-        write(block, by_thread(block, bits))
+        asked, value = lanes_asked(block, members), by_warp(block, read(block))
+        same = (value[:, :, None] == value[:, None, :]) & asked
+        if "all" not in instruction.modifiers:
+            write(block, by_thread(block, bits(same)))
+            return
+        agree = (same | ~asked).all(2)
+        write(block, by_thread(block, np.where(agree, bits(same), np.uint32(0))))
+        if write_found:
+            write_found(block, by_thread(block, agree))
 
     return whole_warp(run, instruction.operands[2])
 
@@ -109,8 +123,7 @@ def _active_mask(instruction: Instruction) -> Run:
     write = writer(instruction.operands[0], known(instruction)[0])
 
     def run(block):
-        bits = (by_warp(block, block.active) << np.arange(WARP, dtype=np.uint64)).sum(1, dtype=np.uint64)
-        write(block, by_thread(block, np.repeat(bits[:, None], WARP, 1)).astype(np.uint32))
+        write(block, by_thread(block, np.repeat(bits(by_warp(block, block.active))[:, None], WARP, 1)))
 
     return run
 
@@ -129,11 +142,14 @@ def _reduce(instruction: Instruction) -> Run:
     functions |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
     function = functions[instruction.modifiers[1]]
     read, write = reader(instruction.operands[1], type_), writer(instruction.operands[0], type_)
+    members = reader(instruction.operands[2], "u32")
 
     def run(block):
-        value, active = by_warp(block, read(block)), by_warp(block, block.active)
-        result = [function.reduce(v[a]) if a.any() else v[0] for v, a in zip(value, active, strict=True)]
-        write(block, by_thread(block, np.repeat(np.asarray(result, value.dtype)[:, None], WARP, 1)))
+        value, asked = by_warp(block, read(block)), lanes_asked(block, members)
+        result = np.zeros_like(value)
+        for warp, lane in np.argwhere(asked.any(2)):
+            result[warp, lane] = function.reduce(value[warp][asked[warp, lane]])
+        write(block, by_thread(block, result))
 
     return whole_warp(run, instruction.operands[2])
 
@@ -143,14 +159,13 @@ def _load_matrix(instruction: Instruction) -> Run:
     known(instruction, "sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared", "cta")
     count = int(next(m for m in instruction.modifiers if m in ("x1", "x2", "x4"))[1])
     transposed = "trans" in instruction.modifiers
-    addresses = Addresses(instruction.operands[1], "shared")
+    addresses = Addresses(instruction.operands[1], space_of(instruction))
     writes = [writer(target, "b32") for target in registers_of(instruction.operands[0])]
     if len(writes) != count:
         raise UnknownInstruction(instruction.text)
 
     def run(block):
-        if block.threads % WARP:
-            raise Fault("divergent", "a matrix load by a block whose last warp is not whole")
+        block.require_whole_warps()
         _, address = addresses(block)
         index = block.index.reshape(-1, WARP)
         used = address.reshape(-1, WARP)[:, : 8 * count]
@@ -191,6 +206,7 @@ def _multiply_matrices(instruction: Instruction) -> Run:
     wide = np.int64 if each == 4 else np.float32
 
     def run(block):
+        block.require_whole_warps()
         warps = block.index.size // WARP
         x = np.zeros((warps, 16, k), wide)
         y = np.zeros((warps, k, 8), wide)
