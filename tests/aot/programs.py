@@ -126,3 +126,9 @@ def aborts_below_sm_90() -> Program:
 
 def fails() -> Program:
     raise ValueError("this build fails")
+
+
+def computed_in_the_build() -> Program:
+    """The build runs something itself, on the CPU of the compiling process."""
+    table = jnp.full((4096,), 3.0) * 2
+    return Program(function=lambda x: x * table, args=(of(4096),))

@@ -31,10 +31,9 @@ class Memory:
 
     def forget_accesses(self) -> None:
         """What comes before a new launch is over."""
-        self.writer = np.zeros(self.size, np.int32)
-        self.write_epoch = np.zeros(self.size, np.int32)
-        self.strong_write = np.zeros(self.size, bool)
-        # the last weak and the last strong read
+        # of each byte the last weak and the last strong access
+        self.writer = np.zeros((2, self.size), np.int32)
+        self.write_epoch = np.zeros((2, self.size), np.int32)
         self.reader = np.zeros((2, self.size), np.int32)
         self.read_epoch = np.zeros((2, self.size), np.int32)
 
@@ -107,9 +106,8 @@ class Memory:
         if not strong and (data[row] != values).any():
             raise Fault("race", f"two threads write different values to the same {self.name} bytes")
         self.written.reshape(-1, width)[row] = True
-        self.writer.reshape(-1, width)[row] = agents[:, None]
-        self.write_epoch.reshape(-1, width)[row] = clocks.epoch[agents][:, None]
-        self.strong_write.reshape(-1, width)[row] = strong
+        self.writer[int(strong)].reshape(-1, width)[row] = agents[:, None]
+        self.write_epoch[int(strong)].reshape(-1, width)[row] = clocks.epoch[agents][:, None]
 
     def check_written(
         self,
@@ -124,18 +122,17 @@ class Memory:
 
         Compilers let several warps write one value to one place; that is no fault.
         """
-        writer = self.writer.reshape(-1, width)[row]
-        if not writer.any():
-            return
-        late = self.write_epoch.reshape(-1, width)[row] > clocks.seen[agents[:, None], writer]
-        late &= writer != agents[:, None]
-        if strong:
-            late &= ~self.strong_write.reshape(-1, width)[row]
-        if values is not None:
-            late &= self.data.reshape(-1, width)[row] != values
-        if late.any():
-            what = "read of" if values is None else "write over"
-            raise Fault("race", f"{what} {self.name} bytes that another warp has written, and nothing orders the two")
+        for kind in (0,) if strong else (0, 1):
+            writer = self.writer[kind].reshape(-1, width)[row]
+            if not writer.any():
+                continue
+            late = self.write_epoch[kind].reshape(-1, width)[row] > clocks.seen[agents[:, None], writer]
+            late &= writer != agents[:, None]
+            if values is not None:
+                late &= self.data.reshape(-1, width)[row] != values
+            if late.any():
+                what = "read of" if values is None else "write over"
+                raise Fault("race", f"{what} {self.name} bytes another warp has written, and nothing orders the two")
 
     def check_read(self, row: np.ndarray, width: int, agents: np.ndarray, clocks: Clocks, strong: bool) -> None:
         """Bytes another warp may still be reading must not be written."""
@@ -228,7 +225,6 @@ class SharedMemory(Memory):
         at, thread = at[arrived], thread[arrived]
         self.copy_thread[at] = 0
         self.written[at] = True
-        self.writer[at] = agents[thread]
-        self.write_epoch[at] = clocks.epoch[agents[thread]]
-        self.strong_write[at] = False
+        self.writer[0, at] = agents[thread]
+        self.write_epoch[0, at] = clocks.epoch[agents[thread]]
         self.copies = not arrived.all()
