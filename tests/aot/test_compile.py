@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(not compiler_installed(), reason='needs pip inst
 
 JOBS = {
     "softmax": (programs.softmax, "a100-80g-sxm"),
+    "computed": (programs.computed_in_the_build, "a100-80g-sxm"),
     "loop-80": (programs.loop, "a100-80g-sxm"),
     "abort": (programs.aborts_below_sm_90, "a100-80g-sxm"),
     "loop-86": (programs.loop, "rtx-3090"),
@@ -194,6 +195,8 @@ def test_a_cached_program_is_not_compiled_again(tmp_path, monkeypatch):
     assert not first.cached and again.cached
     assert dataclasses.replace(again, cached=False) == first
     assert file.stat().st_mtime_ns == stamp
+    file.write_bytes(file.read_bytes()[:1000])  # damaged: compiled anew
+    assert dataclasses.replace(compile_program(programs.same_name, 3.0, target="rtx-3090"), cached=False) == first
     others = [
         compile_program(programs.same_name, 3.0, target="rtx-4090"),
         compile_program(programs.same_name, 5.0, target="rtx-3090"),
