@@ -6,7 +6,7 @@ MAX_NEW_TOKENS ?= 128
 export JAXDECODE_PYTHON
 BIN := .venv/bin
 
-.PHONY: demo test test-live test-compiled lint types env env-hf env-check weights clean
+.PHONY: demo test test-live test-compiled test-shapes lint types env env-hf env-check weights clean
 
 demo: env
 	@$(BIN)/python scripts/demo.py --max-new-tokens $(MAX_NEW_TOKENS) -- "$$DEMO_QUESTION"
@@ -21,7 +21,12 @@ test-live: env-hf weights
 
 # Programs compiled for cards that are not here, and run: an environment that also holds NVIDIA's compiler.
 test-compiled: env-check
-	.venv-check/bin/python -m pytest tests/aot tests/ptx
+	.venv-check/bin/python -m pytest tests/aot tests/ptx tests/kernels -k "not interpreted and not real_shapes" \
+	  --ignore tests/kernels/test_decode_attention.py
+
+# The kernels compiled at the shapes of real models.
+test-shapes: env-check
+	.venv-check/bin/python -m pytest tests/kernels -k real_shapes
 
 lint: env
 	$(BIN)/ruff check .

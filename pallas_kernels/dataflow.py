@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,15 @@ def choose_implementation(op: str, platform: str | None = None) -> Choice:
     """
     platform = platform or jax.default_backend()
     return Choice("xla", f"rule: {op} on {platform} runs as XLA's own code; no hand-written kernel for it yet")
+
+
+def import_when_called(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module that costs something to import, or cannot be imported everywhere."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return getattr(import_module(module), name)(*args, **kwargs)
+
+    return run
 
 
 def find_implementation(

@@ -160,7 +160,7 @@ def test_shapes_that_do_not_fit_are_named(as_users_call_it, call, message):
 
 
 def test_unknown_implementation_names_those_that_exist():
-    with pytest.raises(NotImplementedError, match="no implementation 'cuda'; available: reference, xla"):
+    with pytest.raises(NotImplementedError, match="no implementation 'cuda'; available: mosaic_gpu, reference, xla"):
         linear(jnp.ones((2, 3)), jnp.ones((4, 3)), implementation="cuda")
 
 

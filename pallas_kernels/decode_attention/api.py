@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jax import Array
 from jaxtyping import Float, Int
 
-from pallas_kernels.dataflow import find_implementation
+from pallas_kernels.dataflow import find_implementation, import_when_called
 from pallas_kernels.decode_attention import reference, xla
 
 
@@ -30,7 +32,8 @@ def decode_attention(
       lengths: valid slots of each sequence.
       scale: multiplier of the scores, usually head_dim ** -0.5.
       window: sliding-window length in tokens; None for all slots.
-      implementation: "reference", "xla", or None for `choose_implementation`.
+      implementation: "reference", "xla", "mosaic_gpu" (float16 or bfloat16, online softmax here; `mosaic_gpu.py` also
+        takes a unified maximum), or None for `choose_implementation`.
 
     Raises:
       ValueError: shapes that do not belong together.
@@ -46,6 +49,11 @@ def decode_attention(
         raise ValueError(f"num_heads must be a multiple of num_kv_heads; got {num_heads} and {keys.shape[1]}")
     if lengths.shape != (batch,):
         raise ValueError(f"lengths must be [{batch=}]; got {lengths.shape}")
-    table = {"reference": reference.decode_attention, "xla": xla.decode_attention}
+    table = {"reference": reference.decode_attention, "xla": xla.decode_attention, "mosaic_gpu": _mosaic_gpu}
     run = find_implementation("decode_attention", implementation, table)
     return run(query, keys, values, lengths, scale=scale, window=window)
+
+
+def _mosaic_gpu(*args: Array, **options: Any) -> Array:
+    out, _ = import_when_called("pallas_kernels.decode_attention.mosaic_gpu", "decode_attention")(*args, **options)
+    return out

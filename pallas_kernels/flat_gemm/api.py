@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from pallas_kernels.dataflow import find_implementation
+from pallas_kernels.dataflow import find_implementation, import_when_called
 from pallas_kernels.flat_gemm import reference, xla
 
 
@@ -25,7 +27,8 @@ def linear(
 
     Args:
       out_dtype: type of the result; None means that of `x`.
-      implementation: "reference", "xla", or None for `choose_implementation`.
+      implementation: "reference", "xla", "mosaic_gpu" (x [m, k] with m ≤ 64, float16 or bfloat16; see
+        `mosaic_gpu.py`), or None for `choose_implementation`.
 
     Raises:
       ValueError: `x` and `weight` disagree on k.
@@ -33,7 +36,8 @@ def linear(
     """
     if x.shape[-1] != weight.shape[-1]:
         raise ValueError(f"x[..., k] and weight[n, k] must agree on k; got {x.shape} and {weight.shape}")
-    run = find_implementation("linear", implementation, {"reference": reference.linear, "xla": xla.linear})
+    table = {"reference": reference.linear, "xla": xla.linear, "mosaic_gpu": _mosaic_gpu("linear")}
+    run = find_implementation("linear", implementation, table)
     return run(x, weight, bias, residual=residual, out_dtype=out_dtype or x.dtype)
 
 
@@ -53,7 +57,8 @@ def gated_linear(
     Args:
       weight: [2 * n, k], the gate's rows before the up rows.
       activation: "silu", "gelu", "gelu_tanh" or "relu".
-      implementation: "reference", "xla", or None for `choose_implementation`.
+      implementation: "reference", "xla", "mosaic_gpu" (x [m, k] with m ≤ 64, float16 or bfloat16; see
+        `mosaic_gpu.py`), or None for `choose_implementation`.
 
     Raises:
       ValueError: `x` and `weight` disagree on k, or the weight has an odd number of rows.
@@ -61,5 +66,9 @@ def gated_linear(
     """
     if x.shape[-1] != weight.shape[-1] or weight.shape[0] % 2:
         raise ValueError(f"x[..., k] needs a weight[2 * n, k]; got {x.shape} and {weight.shape}")
-    table = {"reference": reference.gated_linear, "xla": xla.gated_linear}
+    table = {"reference": reference.gated_linear, "xla": xla.gated_linear, "mosaic_gpu": _mosaic_gpu("gated_linear")}
     return find_implementation("linear", implementation, table)(x, weight, bias, activation=activation)
+
+
+def _mosaic_gpu(name: str) -> Callable[..., Array]:
+    return import_when_called("pallas_kernels.flat_gemm.mosaic_gpu", name)

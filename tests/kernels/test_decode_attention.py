@@ -1,13 +1,12 @@
 """The decode attention kernel in the form for Hopper, interpreted with race detection, against its definition.
 
-Faults that were put into the kernel, and what turned red (here, and in `test_decode_attention_ptx`): see there.
+Faults that were put into the kernel, and what turned red: listed in `test_decode_attention_ptx`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,8 +24,7 @@ mlir.register_lowering(
     mma_p,
     mlir.lower_fun(lambda acc, a, b: acc + jnp.dot(a, b, preferred_element_type=jnp.float32), multiple_results=False),
 )
-# barriers between the threads of a block are left out: there is one simulated thread for all of them
-INTERPRET = plgpu.InterpretGPUParams(detect_races=True, inline_mgpu="ignore")
+INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 UNIFIED = {"unified_max": 0.0, "safe_range": WIDE}
 MODES = {"online": {}, "unified": UNIFIED}
 
@@ -138,5 +136,3 @@ def test_float32_is_refused():
     query, keys, values = (array.astype(jnp.float32) for array in arguments[:3])
     with pytest.raises(NotImplementedError, match="float16 or bfloat16"):
         mosaic_gpu.decode_attention(query, keys, values, arguments[3], scale=1.0, config=SMALL, interpret=INTERPRET)
-
-

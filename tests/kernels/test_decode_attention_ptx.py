@@ -1,6 +1,24 @@
 """The decode attention kernel as compiled for cards that are not here: its report, and its PTX executed.
 
-MUTATIONS_TABLE
+Faults that were put into the kernel, and what turned red (I: `test_decode_attention`, P: here):
+
+    `row <= high` in the mask                        I test_interpreted
+    a split ends one block later                     I test_interpreted
+    heads of another KV head                         I test_interpreted
+    window one slot short                            I test_interpreted[window-*]
+    values past the length not zeroed                I test_interpreted
+    float16 weights under the unified maximum        I test_maximum_at_the_lower_end_does_not_overflow[float16]
+    no rescale in the online softmax                 I test_interpreted[*-online], test_only_overflowed_rows_…
+    all rows of a group written after recomputing    I test_only_overflowed_rows_are_recomputed
+    copy into the slot being read (ahead + 1)        I test_interpreted: race; P test_executed_ptx: "uninitialised"
+    wait for one step less (num_stages - 1)          P test_executed_ptx: "in-flight"
+    no barriers around shared memory                 P test_executed_ptx: "race" (`unsafe_no_auto_barriers`)
+    arrivals without acquire and release             P test_executed_ptx: "race"
+    no barrier after the arrival is told             P test_executed_ptx: "race"
+    the last but one arrival combines                P test_executed_ptx: "uninitialised"
+    counters of arrivals not set back                P test_executed_ptx
+
+The barrier before an arrival can go unnoticed: every store of Mosaic's ends with one.
 """
 
 from __future__ import annotations

@@ -2,9 +2,14 @@
 
 Faults that were put into the kernel, and what turned red:
 
-    wait for one copy less (`plan.copies * newer + 1`)      test_executed_ptx: "in-flight"
-    no barrier before the next copy (`_warpgroup_barrier`)  test_executed_ptx: "race" or "in-flight"
-    copy into the slot being read (`i + ahead - 1`)         test_executed_ptx: "in-flight"; test_interpreted: race
+    wait for one copy less (`plan.copies * newer + 1`)       test_executed_ptx: "in-flight"
+    copy into the wrong slot (`i + ahead + 1`)               test_executed_ptx: "in-flight"; test_interpreted: race
+    no barrier in `_ARRIVE` before the count is read         test_executed_ptx[split]: "race"
+    `relaxed` instead of `acq_rel` in `_ARRIVE`              test_executed_ptx[split]: "race"
+    the first split one step short                           test_executed_ptx[split]; test_interpreted[split norm]
+    counters not reset                                       test_products_share_counters_and_leave_them_at_zero
+    mean of squares over a step instead of k                 test_executed_ptx[norm]; test_interpreted[norm]
+    gate without up                                          test_interpreted[gated]
 """
 
 from __future__ import annotations
@@ -166,6 +171,20 @@ def build(case: Case, card: str) -> Program:
     return Program(function=lambda arrays: case.run(arrays, launch), args=(case.shapes(),))
 
 
+def build_chain(case: Case, card: str) -> Program:
+    """Two products that count with the same counters, which are kept."""
+
+    def run(counters, arrays):
+        ref = jax.new_ref(counters)
+        launch = mosaic_gpu.Launch(config=case.config, target=find_target(card), counters=ref)
+        first = case.run(arrays, launch)
+        second = case.run(arrays | {"residual": first}, launch)
+        return second, jax.freeze(ref)
+
+    counters = jax.ShapeDtypeStruct((case.n // case.config.block_n + 1,), jnp.int32)
+    return Program(function=run, args=(counters, case.shapes()), jit_options={"donate_argnums": 0})
+
+
 def case_of(name: str) -> Case:
     return EXECUTED.get(name) or EXECUTED[name.rpartition(" ")[0]]
 
@@ -178,7 +197,10 @@ def compile_all(jobs: dict[str, Job]) -> dict:
 
 @pytest.fixture(scope="module")
 def executed():
-    return compile_all({n: Job(build=build, target=find_target(c), args=(case_of(n), c)) for n, c in CARDS.items()})
+    jobs = {n: Job(build=build, target=find_target(c), args=(case_of(n), c)) for n, c in CARDS.items()}
+    a100 = CARDS["split"]
+    jobs["chain"] = Job(build=build_chain, target=find_target(a100), args=(EXECUTED["split"], a100))
+    return compile_all(jobs)
 
 
 needs_compiler = pytest.mark.skipif(not compiler_installed(), reason='needs pip install "jaxdecode[check]"')
@@ -194,6 +216,19 @@ def test_executed_ptx(executed, name):
     check(found[0], case.expected(arrays), case.dtype)
     for other in found[1:]:  # whoever arrives last adds in the same order
         np.testing.assert_array_equal(other, found[0])
+
+
+@needs_compiler
+def test_products_share_counters_and_leave_them_at_zero(executed):
+    case = EXECUTED["split"]
+    arrays = case.arrays()
+    zeros = np.zeros(case.n // case.config.block_n + 1, np.int32)
+    for seed in (0, 1):
+        chain = Chain(executed["chain"], [zeros, *(np.asarray(a) for a in jax.tree.leaves(arrays))], seed=seed)
+        assert len(chain.launched) == 2  # nothing but the two products
+        np.testing.assert_array_equal(chain.outputs[1], zeros)
+        residual = jnp.asarray(case.expected(arrays), case.dtype)
+        check(chain.outputs[0], case.expected(arrays | {"residual": residual}), case.dtype)
 
 
 @needs_compiler
