@@ -32,12 +32,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, nvvm
+from jaxlib.mlir.dialects import nvvm
 
 from pallas_kernels.decode_attention.config import DecodeAttentionConfig, choose_config, m_warps
+from pallas_kernels.last_arriver import arrive
 from pallas_kernels.targets import Target, this_device
 
 LOG2E = math.log2(math.e)
@@ -153,31 +152,6 @@ def _along(vector: Array, shape: tuple[int, ...]) -> Array:
 @plgpu.inline_mgpu()
 def _commit_nothing(_) -> None:
     nvvm.cp_async_commit_group()
-
-
-_ARRIVE = """{
-    .reg .pred first;
-    .reg .b32 number;
-    mov.u32 number, %tid.x;
-    setp.eq.u32 first, number, 0;
-    bar.sync 1, 128;
-    @first atom.add.acq_rel.gpu.global.u32 number, [$1], 1;
-    @first st.shared.u32 [$2], number;
-    bar.sync 1, 128;
-    ld.shared.u32 $0, [$2];
-}"""
-
-
-@plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(), plgpu.RefType()),
-    return_type=plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=plgpu.Layout.WG_SPLAT(())),
-)
-def _arrive(_, counter: ir.Value, told: ir.Value) -> mgpu.FragmentedArray:
-    """How many blocks were here before; what those have written is visible from here on."""
-    i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
-    pointers = [llvm.ptrtoint(kind, mgpu.utils.memref_ptr(ref)) for kind, ref in ((i64, counter), (i32, told))]
-    number = llvm.inline_asm(i32, pointers, _ARRIVE, "=r,l,r", has_side_effects=True)
-    return mgpu.FragmentedArray.splat(number, (), is_signed=True)
 
 
 def _first_row(plan: _Plan, block: Array) -> Array:
@@ -476,7 +450,7 @@ def _attend_kernel(plan: _Plan, query: Ref, keys: Ref, values: Ref, lengths: Ref
         if not plan.one_kernel:
             return
 
-        @pl.when(_arrive(arrivals.at[batch, kv_head], told) == busy - 1)  # pyright: ignore[reportCallIssue]
+        @pl.when(arrive(arrivals.at[batch, kv_head], told) == busy - 1)
         def _():
             arrivals[batch, kv_head] = jnp.int32(0)
             mine = [ref.at[batch, kv_head] for ref in partials]

@@ -17,13 +17,11 @@ import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.flat_gemm.config import FlatGemmConfig, choose_config, stage_width
+from pallas_kernels.last_arriver import arrive
 from pallas_kernels.targets import Target, this_device
 
 IN_BOUNDS = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
@@ -123,31 +121,6 @@ class _Plan:
         return getattr(plgpu.Layout, f"MMA_{operand}")(self.dtype, m_warps=self.config.m_warps)
 
 
-_ARRIVE = """{
-    .reg .pred first;
-    .reg .b32 number;
-    mov.u32 number, %tid.x;
-    setp.eq.u32 first, number, 0;
-    bar.sync 1, 128;
-    @first atom.add.acq_rel.gpu.global.u32 number, [$1], 1;
-    @first st.shared.u32 [$2], number;
-    bar.sync 1, 128;
-    ld.shared.u32 $0, [$2];
-}"""
-
-
-@plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(), plgpu.RefType()),
-    return_type=plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=plgpu.Layout.WG_SPLAT(())),
-)
-def _arrive(_, counter, told):
-    """How many blocks were here before: what they wrote before is visible to this one."""
-    i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
-    pointers = [llvm.ptrtoint(kind, mgpu.utils.memref_ptr(ref)) for kind, ref in ((i64, counter), (i32, told))]
-    number = llvm.inline_asm(i32, pointers, _ARRIVE, "=r,l,r", has_side_effects=True)
-    return mgpu.FragmentedArray.splat(number, (), is_signed=True)
-
-
 def _flat_gemm_kernel(plan: _Plan, refs: SimpleNamespace) -> None:
     """One block: `rows` columns of the result over one share of k. Grid: split, n."""
     if plan.config.split_k == 1:
@@ -156,7 +129,7 @@ def _flat_gemm_kernel(plan: _Plan, refs: SimpleNamespace) -> None:
     _partial_kernel(plan, refs)
     block = lax.axis_index("n")
 
-    before = _arrive(refs.counters.at[block], refs.told)  # pyright: ignore[reportCallIssue]
+    before = arrive(refs.counters.at[block], refs.told)
 
     @pl.when(before == plan.config.split_k - 1)
     def _():

@@ -4,8 +4,8 @@ Faults that were put into the kernel, and what turned red:
 
     wait for one copy less (`plan.copies * newer + 1`)       test_executed_ptx: "in-flight"
     copy into the wrong slot (`i + ahead + 1`)               test_executed_ptx: "in-flight"; test_interpreted: race
-    no barrier in `_ARRIVE` before the count is read         test_executed_ptx[split]: "race"
-    `relaxed` instead of `acq_rel` in `_ARRIVE`              test_executed_ptx[split]: "race"
+    no barrier in `arrive` before the count is read          test_executed_ptx[split]: "race"
+    `relaxed` instead of `acq_rel` in `arrive`                test_executed_ptx[split]: "race"
     the first split one step short                           test_executed_ptx[split]; test_interpreted[split norm]
     counters not reset                                       test_products_share_counters_and_leave_them_at_zero
     mean of squares over a step instead of k                 test_executed_ptx[norm]; test_interpreted[norm]

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
 from jaxdecode.aot import Program
+from pallas_kernels.last_arriver import arrive
 
 IN_BOUNDS = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
 
@@ -67,32 +66,6 @@ def flat_product(n: int, k: int, dtype: str, block_n: int = 64, block_k: int = 1
         scratch_types=[ring(block_n, 128), ring(8, block_k // 2)],  # a copy needs a multiple of four tiles
     )
     return Program(function=call, args=(jax.ShapeDtypeStruct((8, k), dtype), jax.ShapeDtypeStruct((n, k), dtype)))
-
-
-ARRIVE = """{
-    .reg .pred first;
-    .reg .b32 number;
-    mov.u32 number, %tid.x;
-    setp.eq.u32 first, number, 0;
-    bar.sync 1, 128;
-    @first atom.add.acq_rel.gpu.global.u32 number, [$1], 1;
-    @first st.shared.u32 [$2], number;
-    bar.sync 1, 128;
-    ld.shared.u32 $0, [$2];
-}"""
-
-
-@plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(), plgpu.RefType()),
-    return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())),
-)
-def arrive(_, counter, told):
-    """How many blocks were here before: what this one has written is visible to those that come after."""
-    i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
-    pointers = [llvm.ptrtoint(kind, mgpu.utils.memref_ptr(ref)) for kind, ref in ((i64, counter), (i32, told))]
-    return mgpu.FragmentedArray.splat(
-        llvm.inline_asm(i32, pointers, ARRIVE, "=r,l,r", has_side_effects=True), (), is_signed=True
-    )
 
 
 def split_softmax_sum(rows: int, kv_len: int, split_kv: int, maximum: float = 2.0, head_dim: int = 128) -> Program:
