@@ -10,21 +10,14 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.primitives import mma_p
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.interpreters import mlir
 from test_decode_attention_cases import SMALL, WIDE, Case
 
 from pallas_kernels.decode_attention import mosaic_gpu, reference
 from pallas_kernels.decode_attention.config import DecodeAttentionConfig, choose_config
+from pallas_kernels.interpret import interpret_params
 from pallas_kernels.targets import TARGETS, find_target
 
-# tensor cores have no rule on the CPU; the interpreter runs everything else
-mlir.register_lowering(
-    mma_p,
-    mlir.lower_fun(lambda acc, a, b: acc + jnp.dot(a, b, preferred_element_type=jnp.float32), multiple_results=False),
-)
-INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+INTERPRET = interpret_params()
 UNIFIED = {"unified_max": 0.0, "safe_range": WIDE}
 MODES = {"online": {}, "unified": UNIFIED}
 

@@ -20,22 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.primitives import mma_p
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.interpreters import mlir
 from ptx.chain import Chain
 
 from jaxdecode.aot import CompileError, Job, Program, compile_programs, compiler_installed
 from pallas_kernels.flat_gemm import mosaic_gpu, reference
 from pallas_kernels.flat_gemm.config import FlatGemmConfig, choose_config
+from pallas_kernels.interpret import interpret_params
 from pallas_kernels.targets import TARGETS, find_target
 
-# tensor cores have no rule on the CPU; the interpreter runs everything else
-mlir.register_lowering(
-    mma_p,
-    mlir.lower_fun(lambda acc, a, b: acc + jnp.dot(a, b, preferred_element_type=jnp.float32), multiple_results=False),
-)
-INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+INTERPRET = interpret_params()
 TOLERANCE = {"float16": 2e-3, "bfloat16": 1.2e-2}  # of the largest result
 BLOCKS = FlatGemmConfig(num_stages=3)
 
