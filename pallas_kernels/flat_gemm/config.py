@@ -80,18 +80,18 @@ class FlatGemmConfig:
           ValueError: more steps in flight, or more splits, than k has.
         """
         if jnp.dtype(dtype) not in (jnp.float16, jnp.bfloat16):
-            raise NotImplementedError(f"flat_gemm takes float16 or bfloat16; got {jnp.dtype(dtype).name}: use xla")
+            raise NotImplementedError(f"flat_gemm takes float16 or bfloat16; got {jnp.dtype(dtype).name}: use dense")
         if not 1 <= m <= MAX_M:
-            raise NotImplementedError(f"flat_gemm takes 1 to {MAX_M} rows of x; got m = {m}: use xla")
+            raise NotImplementedError(f"flat_gemm takes 1 to {MAX_M} rows of x; got m = {m}: use dense")
         if n % self.block_n:
             raise NotImplementedError(
-                f"flat_gemm needs n as a multiple of block_n; got n = {n}, block_n = {self.block_n}: use xla"
+                f"flat_gemm needs n as a multiple of block_n; got n = {n}, block_n = {self.block_n}: use dense"
             )
         if self.block_n // segments % 32:
             raise NotImplementedError(f"{segments} segments of 32 rows need block_n >= {32 * segments}")
         if k % self.block_k:
             raise NotImplementedError(
-                f"flat_gemm needs k as a multiple of block_k; got k = {k}, block_k = {self.block_k}: use xla"
+                f"flat_gemm needs k as a multiple of block_k; got k = {k}, block_k = {self.block_k}: use dense"
             )
         if (k // self.block_k) // self.split_k < self.num_stages - 1:
             raise ValueError(
@@ -124,7 +124,7 @@ def choose_config(
     if not sizes_n or not sizes_k:
         raise NotImplementedError(
             f"flat_gemm needs {'a head' if unit else 'n'} as a multiple of {32 * segments} and k of 32; "
-            f"got {unit or n} and {k}: use xla"
+            f"got {unit or n} and {k}: use dense"
         )
     stages = sorted({max(2, min(num, k // sizes_k[-1] + 1)) for num in (4, 3)}, reverse=True)
     candidates = [

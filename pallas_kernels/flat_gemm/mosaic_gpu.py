@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.flat_gemm.config import FlatGemmConfig, choose_config, stage_width
 from pallas_kernels.last_arriver import arrive
+from pallas_kernels.norm import Norm
 from pallas_kernels.targets import Target, this_device
 
 IN_BOUNDS = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
@@ -276,11 +277,13 @@ def _finish_heads(plan: _Plan, heads: _Heads, refs: SimpleNamespace, first: Arra
     """Turns the pairs of a block; queries become the result, keys and values go to their slots of the cache."""
     head, start, distance, turns = heads.place(lax.axis_index("n"), plan.rows)
     num_turned = heads.num_heads + heads.num_kv_heads
-    angles = pl.ds(start if turns is True else jnp.where(turns, start, 0), plan.rows)
-    share = jnp.where((head < num_turned) & turns, 1.0, 0.0)  # a value is turned by nothing: cos 1, sin 0
-    cos = plgpu.load(refs.cos.at[:, angles], layout=_ROWS, optimized=False) * share + (1.0 - share)
-    sin = plgpu.load(refs.sin.at[:, angles], layout=_ROWS, optimized=False) * share
-    parts = first * cos - second * sin, second * cos + first * sin
+    parts = first, second
+    if heads.rotary_dim:
+        angles = pl.ds(start if turns is True else jnp.where(turns, start, 0), plan.rows)
+        share = jnp.where((head < num_turned) & turns, 1.0, 0.0)  # a value is turned by nothing: cos 1, sin 0
+        cos = plgpu.load(refs.cos.at[:, angles], layout=_ROWS, optimized=False) * share + (1.0 - share)
+        sin = plgpu.load(refs.sin.at[:, angles], layout=_ROWS, optimized=False) * share
+        parts = first * cos - second * sin, second * cos + first * sin
 
     @pl.when(head < heads.num_heads)
     def _():
@@ -387,6 +390,7 @@ class Launch:
     """How and where a product runs.
 
     Attributes:
+      implementation: "flat_gemm", on the tensor cores.
       config: the blocks; None for `choose_config`.
       target: the card; None for the one JAX runs on.
       counters: int32 `jax.Ref` of zeros, one for each block of rows, that splits count themselves with; left at zero,
@@ -394,6 +398,7 @@ class Launch:
       interpret: `plgpu.InterpretGPUParams` to run the TMA form on a CPU.
     """
 
+    implementation: str = "flat_gemm"
     config: FlatGemmConfig | None = None
     target: Target | None = None
     counters: Any = None
@@ -406,18 +411,25 @@ def _flat_gemm(
     weight: Array,
     *,
     out: tuple[int, DTypeLike],
-    eps: float | None,
+    norm: Norm | None,
+    valid_m: int | None,
     rowwise: dict[str, Array | None],
     others: dict[str, Any],
     segments: int = 1,
     activation: str | None = None,
     heads: _Heads | None = None,
 ) -> Array:
-    """Chooses, checks, pads and launches; `rowwise` arrays have a row for each row of x. Returns [m, *out[0]]."""
+    """Chooses, checks, pads and launches; `rowwise` arrays have a row for each row of x. Returns [m, out[0]]."""
     m, k = x.shape
+    if launch.implementation != "flat_gemm":
+        raise NotImplementedError(f"unknown implementation {launch.implementation!r}: use 'flat_gemm'")
+    if valid_m is not None and not 1 <= valid_m <= m:
+        raise ValueError(f"valid_m counts rows of x, 1 to {m}; got {valid_m}")
+    if norm is not None and (norm.centered or norm.bias is not None):
+        raise NotImplementedError("a LayerNorm before the product: use dense")
     target = launch.target or this_device()
     if not launch.interpret and (target is None or target.compute_capability < (8, 0)):
-        raise NotImplementedError("mosaic_gpu needs an NVIDIA card of compute capability 8.0 or newer: use xla")
+        raise NotImplementedError("mosaic_gpu needs an NVIDIA card of compute capability 8.0 or newer: use dense")
     config = launch.config
     if config is None:
         if target is None:
@@ -433,7 +445,7 @@ def _flat_gemm(
     if heads and others["keys"].dtype != x.dtype:
         raise NotImplementedError(f"the cache needs the type of x, {x.dtype}; got {others['keys'].dtype}")
     if weight.dtype != x.dtype:
-        raise NotImplementedError(f"flat_gemm needs one type; got x {x.dtype} and weight {weight.dtype}: use xla")
+        raise NotImplementedError(f"flat_gemm needs one type; got x {x.dtype} and weight {weight.dtype}: use dense")
     plan = _Plan(
         m=config.pad_m(m),
         n=weight.shape[0] // segments,
@@ -441,19 +453,18 @@ def _flat_gemm(
         dtype=x.dtype,
         config=config,
         segments=segments,
-        eps=eps,
+        eps=None if norm is None else norm.eps,
         activation=activation,
         heads=heads,
-        batch=m,
+        batch=m if heads is None else others["lengths"].shape[0],
         tma=bool(launch.interpret) or (target is not None and target.compute_capability >= (9, 0)),
     )
-    inputs = {"weight": weight, **others}
+    inputs = {"weight": weight, "gain": None if norm is None else norm.weight, **others}
     for name, array in {"x": x, **rowwise}.items():
-        if array is not None:
-            inputs[name] = jnp.pad(array, ((0, plan.m - m), (0, 0)))
+        inputs[name] = array if array is None or m == plan.m else jnp.pad(array, ((0, plan.m - m), (0, 0)))
     given = {name: array for name, array in inputs.items() if array is not None}
     y = _launch(plan, given, jax.ShapeDtypeStruct((plan.m, out[0]), out[1]), launch.counters, launch.interpret)
-    return y[:m]
+    return y if m == plan.m else y[:m]
 
 
 _DEFAULT = Launch()
@@ -464,40 +475,43 @@ def linear(
     weight: Array,
     bias: Array | None = None,
     *,
+    norm: Norm | None = None,
+    activation: str | None = None,
     residual: Array | None = None,
     out_dtype: DTypeLike | None = None,
-    norm: Array | None = None,
-    eps: float = 1e-6,
-    activation: str | None = None,
+    valid_m: int | None = None,
     launch: Launch = _DEFAULT,
 ) -> Array:
     """Product of up to 64 rows of x with a weight matrix, in one kernel.
 
-        x = x / sqrt(mean(x * x) + eps) * norm                      (if norm is given)
-        y = activation(x @ weight.T + bias) + residual
+        y = activation(normalize(x, norm) @ weight.T + bias) + residual
 
     Args:
-      x: [..., k] float16 or bfloat16; rows are padded to a multiple of 8, at no cost if they are one.
+      x: [m, k] float16 or bfloat16; rows are padded to `config.pad_m(m)`, at no cost if they are that many.
       weight: [n, k] of the same type.
-      norm: [k], the gain of an RMSNorm before the product.
+      norm: before the product; an RMSNorm.
       activation: "silu", "gelu", "gelu_tanh" or "relu"; None for none.
+      residual: [m, n].
+      valid_m: rows of x that are not padding; None for all. What comes of padding is not specified.
+
+    Returns:
+      [m, n] of `out_dtype`, None for that of x.
 
     Raises:
       NotImplementedError: a type or a shape that the kernel is not made for; the message says what it needs.
       ValueError: `launch.config` does not fit k.
     """
-    rows, n = x.reshape(-1, x.shape[-1]), weight.shape[0]
-    y = _flat_gemm(
+    return _flat_gemm(
         launch,
-        rows,
+        x,
         weight,
-        out=(n, out_dtype or x.dtype),
-        eps=None if norm is None else eps,
-        rowwise={"residual": None if residual is None else residual.reshape(-1, n)},
-        others={"gain": norm, "bias": bias},
+        out=(weight.shape[0], out_dtype or x.dtype),
+        norm=norm,
+        valid_m=valid_m,
+        rowwise={"residual": residual},
+        others={"bias": bias},
         activation=activation,
     )
-    return y.reshape(*x.shape[:-1], n)
 
 
 def gated_linear(
@@ -506,31 +520,29 @@ def gated_linear(
     bias: Array | None = None,
     *,
     activation: str = "silu",
-    norm: Array | None = None,
-    eps: float = 1e-6,
+    norm: Norm | None = None,
+    valid_m: int | None = None,
     launch: Launch = _DEFAULT,
 ) -> Array:
-    """The gated half of an MLP, in one kernel.
+    """The gated half of an MLP, in one kernel: [m, n].
 
-        x = x / sqrt(mean(x * x) + eps) * norm                      (if norm is given)
-        gate, up = split(x @ weight.T + bias, 2, axis=-1)
+        gate, up = split(normalize(x, norm) @ weight.T + bias, 2, axis=-1)
         y = activation(gate) * up
 
     Args and errors as `linear`; weight [2 * n, k] has the gate's rows first.
     """
-    rows, n = x.reshape(-1, x.shape[-1]), weight.shape[0] // 2
-    y = _flat_gemm(
+    return _flat_gemm(
         launch,
-        rows,
+        x,
         weight,
-        out=(n, x.dtype),
-        eps=None if norm is None else eps,
+        out=(weight.shape[0] // 2, x.dtype),
+        norm=norm,
+        valid_m=valid_m,
         rowwise={},
-        others={"gain": norm, "bias": bias},
+        others={"bias": bias},
         segments=2,
         activation=activation,
     )
-    return y.reshape(*x.shape[:-1], n)
 
 
 def qkv_linear(
@@ -538,45 +550,49 @@ def qkv_linear(
     weight: Array,
     bias: Array | None = None,
     *,
-    cos: Array,
-    sin: Array,
+    cos: Array | None,
+    sin: Array | None,
     keys: Any,
     values: Any,
     lengths: Array,
-    norm: Array | None = None,
-    eps: float = 1e-6,
+    norm: Norm | None = None,
     launch: Launch = _DEFAULT,
 ) -> Array:
     """Query, key and value of one token a row, turned by its position; key and value are stored. One kernel.
 
-        query, key, value = split(norm(x) @ weight.T + bias)
+        query, key, value = split(normalize(x, norm) @ weight.T + bias)
         keys[row, :, lengths[row]] = rope(key); values[row, :, lengths[row]] = value
 
     Args:
-      x: [batch, k] float16 or bfloat16.
+      x: [m, k] float16 or bfloat16; rows from batch on are padding.
       weight: [(num_heads + 2 * num_kv_heads) * head_dim, k].
-      cos, sin: [batch, rotary_dim // 2] float32; pairs (i, i + rotary_dim // 2) of a head are turned.
+      cos, sin: [m, rotary_dim // 2] float32; pairs (i, i + rotary_dim // 2) of a head are turned. None turns nothing.
       keys, values: `jax.Ref` of a layer's cache [batch, num_kv_heads, max_len, head_dim], written in place.
       lengths: [batch] int32, the slot of each row's token; below max_len.
 
     Returns:
-      The queries [batch, num_heads, head_dim].
+      The queries [m, num_heads, head_dim].
 
     Raises:
-      As `linear`; also NotImplementedError if head_dim or rotary_dim is not a multiple of block_n.
+      As `linear`; also NotImplementedError if head_dim or rotary_dim is not a multiple of block_n, ValueError if x has
+      fewer rows than the cache.
     """
     batch, num_kv_heads, _, head_dim = keys.shape
+    if x.shape[0] < batch:
+        raise ValueError(f"x needs a row for each of the {batch} rows of the cache; got {x.shape[0]}")
     num_heads = weight.shape[0] // head_dim - 2 * num_kv_heads
-    heads = _Heads(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, rotary_dim=2 * cos.shape[-1])
+    rotary_dim = 0 if cos is None else 2 * cos.shape[-1]
+    heads = _Heads(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, rotary_dim=rotary_dim)
     query = _flat_gemm(
         launch,
         x,
         weight,
         out=(num_heads * head_dim, x.dtype),
-        eps=None if norm is None else eps,
+        norm=norm,
+        valid_m=batch,
         rowwise={"cos": cos, "sin": sin},
-        others={"gain": norm, "bias": bias, "keys": keys, "values": values, "lengths": lengths},
+        others={"bias": bias, "keys": keys, "values": values, "lengths": lengths},
         segments=2,
         heads=heads,
     )
-    return query.reshape(batch, num_heads, head_dim)
+    return query.reshape(-1, num_heads, head_dim)

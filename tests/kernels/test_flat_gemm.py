@@ -26,6 +26,7 @@ from jaxdecode.aot import CompileError, Job, Program, compile_programs, compiler
 from pallas_kernels.flat_gemm import mosaic_gpu, reference
 from pallas_kernels.flat_gemm.config import FlatGemmConfig, choose_config
 from pallas_kernels.interpret import interpret_params
+from pallas_kernels.norm import Norm
 from pallas_kernels.targets import TARGETS, find_target
 
 INTERPRET = interpret_params()
@@ -70,6 +71,8 @@ class Case:
 
     def run(self, arrays: dict[str, jax.Array], launch: mosaic_gpu.Launch) -> jax.Array:
         function = mosaic_gpu.gated_linear if self.gated else mosaic_gpu.linear
+        if self.norm:
+            arrays = arrays | {"norm": Norm(weight=arrays["norm"])}
         return function(**arrays, **({"activation": self.activation} if self.activation else {}), launch=launch)
 
     def expected(self, arrays: dict[str, jax.Array]) -> np.ndarray:
@@ -222,6 +225,12 @@ def test_products_share_counters_and_leave_them_at_zero(executed):
         np.testing.assert_array_equal(chain.outputs[1], zeros)
         residual = jnp.asarray(case.expected(arrays), case.dtype)
         check(chain.outputs[0], case.expected(arrays | {"residual": residual}), case.dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["plain", "norm", "gated"])
+def test_a_product_of_padded_rows_is_one_kernel(executed, name):
+    assert [thunk.kind for thunk in executed[name].thunks] == ["custom_call"]
 
 
 @needs_compiler

@@ -14,6 +14,7 @@ from jaxdecode.aot import CompileError, Job, Program, compile_programs, compiler
 from pallas_kernels.flat_gemm import mosaic_gpu, reference
 from pallas_kernels.flat_gemm.config import FlatGemmConfig
 from pallas_kernels.interpret import interpret_params
+from pallas_kernels.norm import Norm
 from pallas_kernels.targets import find_target
 
 INTERPRET = interpret_params()
@@ -26,6 +27,7 @@ class Case:
     """One decode step's product in front of attention."""
 
     batch: int = 8
+    padding: int = 0  # rows of x beyond the batch
     k: int = 256
     num_heads: int = 4
     num_kv_heads: int = 2
@@ -40,25 +42,27 @@ class Case:
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         cache = (self.batch, self.num_kv_heads, self.max_len, self.head_dim)
-        shapes = {"x": (self.batch, self.k), "weight": (rows, self.k), "keys": cache, "values": cache}
+        m = self.batch + self.padding
+        shapes = {"x": (m, self.k), "weight": (rows, self.k), "keys": cache, "values": cache}
         if self.norm:
             shapes["norm"] = (self.k,)
         if self.bias:
             shapes["bias"] = (rows,)
-        angles = jax.ShapeDtypeStruct((self.batch, self.rotary_dim // 2), jnp.float32)
-        return {name: jax.ShapeDtypeStruct(shape, self.dtype) for name, shape in shapes.items()} | {
-            "cos": angles,
-            "sin": angles,
-            "lengths": jax.ShapeDtypeStruct((self.batch,), jnp.int32),
-        }
+        angles = jax.ShapeDtypeStruct((m, self.rotary_dim // 2), jnp.float32)
+        return (
+            {name: jax.ShapeDtypeStruct(shape, self.dtype) for name, shape in shapes.items()}
+            | ({"cos": angles, "sin": angles} if self.rotary_dim else {})
+            | {"lengths": jax.ShapeDtypeStruct((self.batch,), jnp.int32)}
+        )
 
     def arrays(self) -> dict[str, jax.Array]:
         random, shapes = np.random.default_rng(0), self.shapes()
         noise = {name: random.standard_normal(of.shape) for name, of in shapes.items()}
+        angles = random.standard_normal((self.batch + self.padding, self.rotary_dim // 2))
         special = {
             "weight": noise["weight"] * self.k**-0.5,
-            "cos": np.cos(noise["cos"]),
-            "sin": np.sin(noise["cos"]),
+            "cos": np.cos(angles),
+            "sin": np.sin(angles),
             "lengths": random.permutation(self.batch) % self.max_len,
         }
         return {name: jnp.asarray((noise | special)[name], of.dtype) for name, of in shapes.items()}
@@ -66,7 +70,9 @@ class Case:
     def run(self, arrays: dict[str, jax.Array], launch: mosaic_gpu.Launch) -> tuple[jax.Array, ...]:
         """Query, keys and values."""
         caches = {name: jax.new_ref(arrays[name]) for name in ("keys", "values")}
-        query = mosaic_gpu.qkv_linear(**arrays | caches, launch=launch)
+        rest = {"cos": None, "sin": None} | {name: a for name, a in (arrays | caches).items() if name != "norm"}
+        norm = Norm(weight=arrays["norm"]) if self.norm else None
+        query = mosaic_gpu.qkv_linear(**rest, norm=norm, launch=launch)
         return query, jax.freeze(caches["keys"]), jax.freeze(caches["values"])
 
     def expected(self, arrays: dict[str, jax.Array]) -> tuple[np.ndarray, ...]:
@@ -75,13 +81,16 @@ class Case:
         if self.norm:
             x = x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * wide["norm"]
         y = reference.linear(x, wide["weight"], wide.get("bias"), residual=None, out_dtype=jnp.float32)
-        heads = y.reshape(self.batch, -1, self.head_dim)
+        heads = y.reshape(self.batch + self.padding, -1, self.head_dim)
         query, key, value = jnp.split(heads, [self.num_heads, self.num_heads + self.num_kv_heads], axis=1)
         rows = np.arange(self.batch)
-        keys = wide["keys"].at[rows, :, arrays["lengths"]].set(self.turned(key, wide))
-        return self.turned(query, wide), keys, wide["values"].at[rows, :, arrays["lengths"]].set(value)
+        keys = wide["keys"].at[rows, :, arrays["lengths"]].set(self.turned(key, wide)[: self.batch])
+        values = wide["values"].at[rows, :, arrays["lengths"]].set(value[: self.batch])
+        return self.turned(query, wide), keys, values
 
     def turned(self, x: jax.Array, wide: dict[str, jax.Array]) -> jax.Array:
+        if not self.rotary_dim:
+            return x
         half = self.rotary_dim // 2
         first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
         cos, sin = wide["cos"][:, None], wide["sin"][:, None]
@@ -92,6 +101,8 @@ CASES = {
     "plain": Case(norm=False),
     "bias": Case(bias=True, dtype="bfloat16"),
     "unpadded": Case(batch=3, num_heads=2, num_kv_heads=1),
+    "padded": Case(batch=3, padding=5, num_heads=2, num_kv_heads=1, dtype="bfloat16"),
+    "not turned": Case(rotary_dim=0, num_heads=2, num_kv_heads=1),
     "two blocks a head": Case(head_dim=128, rotary_dim=128, num_heads=2, num_kv_heads=1),
     "half of a head": Case(head_dim=128, num_heads=2, num_kv_heads=1, dtype="bfloat16"),
     "wide block": Case(
