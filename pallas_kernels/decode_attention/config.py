@@ -38,9 +38,8 @@ class DecodeAttentionConfig:
             raise ValueError(f"split_kv is at least 1; got {self.split_kv}")
 
     def columns(self, q_per_kv: int, head_dim: int) -> int:
-        """Query heads of a KV head, rounded up to whole tiles of both products: 8 for each warp along the columns."""
-        warps = min(m_warps(self.block_kv), m_warps(head_dim))
-        tile = 8 * (4 // warps)
+        """Query heads of a KV head, rounded up to whole tiles of both products."""
+        tile = max(column_tile(self.block_kv), column_tile(head_dim))
         return -(-q_per_kv // tile) * tile
 
     def query_in_shared(self, q_per_kv: int, head_dim: int) -> bool:
@@ -58,6 +57,11 @@ class DecodeAttentionConfig:
 def m_warps(rows: int) -> int:
     """Warps side by side along the rows of a product with `rows` rows; the others share its columns."""
     return next(warps for warps in (4, 2, 1) if rows % (16 * warps) == 0)
+
+
+def column_tile(rows: int) -> int:
+    """Columns that a tile of a product with `rows` rows holds: 8 for each warp along the columns."""
+    return 8 * (4 // m_warps(rows))
 
 
 def choose_config(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -39,6 +40,8 @@ CASES = {
     "odd-cache": Case(max_len=72, lengths=(72, 65, 9)),
     "one-split": Case(config=DecodeAttentionConfig(block_kv=64, num_stages=2, split_kv=1)),
     "more-splits-than-blocks": Case(config=DecodeAttentionConfig(block_kv=32, num_stages=2, split_kv=7)),
+    "more-rows": Case(rows=8, q_per_kv=3),
+    "more-rows-one-split": Case(rows=7, lengths=(70,), config=DecodeAttentionConfig(block_kv=32, split_kv=1)),
     "heavy-tailed": Case(size=60.0, q_per_kv=2),
 }
 
@@ -59,7 +62,7 @@ def test_interpreted(name, mode):
 def test_answer_is_the_reference():
     case = dataclasses.replace(CASES["window"], dtype="bfloat16")
     arrays = [jnp.asarray(array) for array in case.arrays()]
-    out = reference.decode_attention(*arrays, scale=case.scale, window=case.window)
+    out, _ = reference.decode_attention(*arrays, **{k: v for k, v in case.options.items() if k != "config"})
     np.testing.assert_allclose(np.asarray(out, np.float64), case.answer()[0], atol=1e-2)
 
 
@@ -92,6 +95,17 @@ def test_vanished_denominators_are_recomputed():
     assert recomputed.tolist() == [[2, 2], [0, 0]]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("options", [{}, {"window": 60}, {"q_per_kv": 1, "num_kv_heads": 8}], ids=["", "window", "mha"])
+def test_interpreted_heavy_tails_are_recomputed(dtype, options):
+    options = {"q_per_kv": 4, "lengths": (100, 33, 128), **UNIFIED, **options}
+    case = Case(dtype=dtype, tail=180.0, **options)
+    out, recomputed = run(case)
+    case.check(out, recomputed)  # the counter is the number of rows, too
+    assert case.spread[0] < -300 and case.spread[1] > 300, case.spread
+    assert 5 <= recomputed.sum() <= 20
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("batch", [1, 32])
@@ -122,6 +136,15 @@ def test_refusals_say_what_would_work(case, error, message):
     arguments = [jnp.asarray(array) for array in case.arrays()]
     with pytest.raises(error, match=message):
         mosaic_gpu.decode_attention(*arguments, **case.options, interpret=INTERPRET)
+
+
+def test_too_few_counters_or_rows_are_refused():
+    arguments = [jnp.asarray(array) for array in Case().arrays()]
+    counters = jax.new_ref(jnp.zeros((3,), jnp.int32))
+    with pytest.raises(ValueError, match=r"4 entries; got \(3,\)"):
+        mosaic_gpu.decode_attention(*arguments, **Case().options, interpret=INTERPRET, counters=counters)
+    with pytest.raises(ValueError, match="each of the 2 sequences; got 1"):
+        mosaic_gpu.decode_attention(arguments[0][:1], *arguments[1:], **Case().options, interpret=INTERPRET)
 
 
 def test_float32_is_refused():

@@ -22,6 +22,8 @@ class Case:
     Attributes:
       overflow: rows (sequence, head) that are given a score of about 40.
       size: of the queries, so of the scores.
+      tail: the queries grow row by row, the last by this factor: at 180 the scores reach about ±400, as OPT's do.
+      rows: of the query, those past the batch NaN; None for the batch.
     """
 
     lengths: tuple[int, ...] = (100, 33)
@@ -37,6 +39,8 @@ class Case:
     config: DecodeAttentionConfig | None = SMALL
     overflow: tuple[tuple[int, int], ...] = ()
     size: float = 1.0
+    tail: float = 1.0
+    rows: int | None = None
 
     @property
     def scale(self) -> float:
@@ -57,19 +61,29 @@ class Case:
         random, batch = np.random.default_rng(0), len(self.lengths)
         cache = (batch, self.num_kv_heads, self.max_len, self.head_dim)
         query = self.size * random.standard_normal((batch, self.num_kv_heads * self.q_per_kv, self.head_dim))
+        query *= np.geomspace(1, self.tail, query[..., 0].size).reshape(*query.shape[:2], 1)
         keys, values = random.standard_normal(cache), random.standard_normal(cache)
         for b, head in self.overflow:
             row = query[b, head]
             keys[b, head // self.q_per_kv, self.lengths[b] - 1] = 40 / self.scale * row / (row @ row)
         for b, length in enumerate(self.lengths):
             keys[b, :, length:], values[b, :, length:] = np.nan, np.inf
+        query = np.concatenate([query, np.full(((self.rows or batch) - batch, *query.shape[1:]), np.nan)])
         return [query.astype(dtype), keys.astype(dtype), values.astype(dtype), np.array(self.lengths, np.int32)]
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The lowest and the highest score that counts."""
+        query, keys = (array.astype(np.float64) for array in self.arrays()[:2])
+        keys = np.repeat(keys, self.q_per_kv, axis=1)
+        scores = [self.scale * keys[b, :, :n] @ query[b, :, :, None] for b, n in enumerate(self.lengths)]
+        return min(part.min() for part in scores), max(part.max() for part in scores)
 
     def answer(self) -> tuple[np.ndarray, np.ndarray]:
         """The output in float64, and the rows to be computed again, [batch, num_heads]."""
         query, keys, values, _ = (array.astype(np.float64) for array in self.arrays())
-        out, again = np.zeros(query.shape), np.zeros(query.shape[:2], bool)
-        for b, head in np.ndindex(query.shape[:2]):
+        out, again = np.zeros(query.shape), np.zeros((len(self.lengths), query.shape[1]), bool)
+        for b, head in np.ndindex(again.shape):
             length = self.lengths[b]
             slots = slice(max(0, length - self.window) if self.window else 0, length)
             scores = self.scale * keys[b, head // self.q_per_kv, slots] @ query[b, head]
