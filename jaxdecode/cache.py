@@ -45,12 +45,3 @@ def append_chunk(
 ) -> Float[Array, "batch num_kv_heads max_len head_dim"]:
     """Writes a chunk into the slots start … start + q_len of every row."""
     return lax.dynamic_update_slice_in_dim(buffer, jnp.swapaxes(chunk, 1, 2), start, axis=2)
-
-
-def append_token(
-    buffer: Float[Array, "batch num_kv_heads max_len head_dim"],
-    token: Float[Array, "batch num_kv_heads head_dim"],
-    lengths: Int[Array, " batch"],
-) -> Float[Array, "batch num_kv_heads max_len head_dim"]:
-    """Writes a token a row into its slot `lengths`."""
-    return buffer.at[jnp.arange(buffer.shape[0]), :, lengths].set(token, mode="promise_in_bounds")

@@ -47,6 +47,20 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class UnifiedMax:
+    """A statistic of a layer's attention: the maximum that all its softmaxes may share (arXiv 2311.01282, section 3).
+
+    Attributes:
+      value: taken off every score, usually the lowest.
+      lowest, highest: the range of the scores; a row of attention with a higher one is computed again.
+    """
+
+    value: float
+    lowest: float
+    highest: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Everything that fixes a model's shapes and mathematics; hashable, so it is a static argument of `jit`.
 
@@ -54,6 +68,7 @@ class ModelConfig:
       model_type: which row of `jaxdecode.models.MODELS` builds it ("llama", "mistral", "qwen2", "qwen3", …).
       max_position: longest context the positions were made for, in tokens.
       layer_windows: sliding-window length per layer in tokens, None for full attention; empty means all full.
+      unified_max: per layer, None for the online softmax; empty means online everywhere.
       eos_token_ids: tokens that end a sequence; the default of the text layer.
     """
 
@@ -75,6 +90,7 @@ class ModelConfig:
     qk_norm: bool = False
     rope: RopeConfig = RopeConfig()
     layer_windows: tuple[int | None, ...] = ()
+    unified_max: tuple[UnifiedMax | None, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
@@ -101,8 +117,9 @@ class ModelConfig:
             raise ValueError(f"norm_eps must be positive; got {self.norm_eps}")
         if self.activation not in get_args(Activation):
             raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}; got {self.activation!r}")
-        if self.layer_windows and len(self.layer_windows) != self.num_layers:
-            raise ValueError(f"layer_windows must name {self.num_layers} layers; got {len(self.layer_windows)}")
+        for name in ("layer_windows", "unified_max"):
+            if (given := getattr(self, name)) and len(given) != self.num_layers:
+                raise ValueError(f"{name} must name {self.num_layers} layers; got {len(given)}")
         for window in self.layer_windows:
             if window is not None and window <= 0:
                 raise ValueError(f"a sliding window must be a positive number of tokens; got {window}")
@@ -124,6 +141,8 @@ class ModelConfig:
         """
         fields = dict(fields)
         fields["rope"] = _build(RopeConfig, fields.get("rope") or {})
+        ranges = fields.get("unified_max") or ()
+        fields["unified_max"] = tuple(None if part is None else _build(UnifiedMax, part) for part in ranges)
         for name in ("layer_windows", "eos_token_ids"):
             fields[name] = tuple(fields.get(name) or ())
         return _build(cls, fields)

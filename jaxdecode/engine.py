@@ -1,7 +1,8 @@
 """The model run over a cache: one chunk of prompt or one token a row, as a chain of jitted layers.
 
-Parameters come in as a plain nested dict. The layer is an inner `jax.jit`: traced and lowered once per shape and
-window, called num_layers times.
+Parameters come in as a plain nested dict. The layer is an inner `jax.jit`: traced and lowered once per shape, window
+and softmax, called num_layers times. On an NVIDIA GPU a decode step is five kernels a layer: norm, query, key and
+value with rotation and storing; attention; its output with the residual; norm, gate and up; down with the residual.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from jaxdecode.cache import KVCache, append_chunk, append_token
-from jaxdecode.config import ModelConfig
-from jaxdecode.layers import Rope
-from jaxdecode.models import Params, bind_layer, bind_model
+from jaxdecode.cache import KVCache, append_chunk
+from jaxdecode.config import ModelConfig, UnifiedMax
+from jaxdecode.layers import Kernels, Projection
+from jaxdecode.models import Params, bind_layer, bind_model, project
+from pallas_kernels.dataflow import INTERPRET, device_of, padded_rows
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.flat_gemm import qkv_linear
+from pallas_kernels.heads import Rope
 from pallas_kernels.prefill_attention import prefill_attention
 
 
@@ -29,7 +33,8 @@ def extend(
     tokens: Int[Array, "batch q_len"],
     start: Int[Array, ""],
     lengths: Int[Array, " batch"],
-) -> tuple[Float[Array, "batch q_len embed_dim"], KVCache]:
+    implementation: str | None = None,
+) -> tuple[Float[Array, "batch q_len embed_dim"], KVCache, Int[Array, " batch"]]:
     """Runs one chunk of every row's prompt and stores its keys and values.
 
     Args:
@@ -37,99 +42,172 @@ def extend(
         computed and later overwritten.
       start: scalar int32, the same for every row.
       lengths: [batch] int32, whole prompt lengths.
+      implementation: see `pallas_kernels.dataflow.BACKENDS`.
 
     Returns:
-      The last layer's output [batch, q_len, embed_dim] and the cache; its `lengths` are left as they were.
+      The last layer's output [batch, q_len, embed_dim]; the cache, its `lengths` left as they were; and how many rows
+      of attention left the range of their unified maximum, [batch].
     """
     model = bind_model(config, params)
     positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     rope = model.rope(positions, lengths[:, None])
-    x, keys, values = model.embed(tokens), [], []
-    for index, layer in enumerate(params["layers"]):
-        x, layer_keys, layer_values = _extend_layer(
-            config, config.window(index), layer, x, rope, cache.keys[index], cache.values[index], start
-        )
-        keys.append(layer_keys)
-        values.append(layer_values)
-    return x, KVCache(tuple(keys), tuple(values), cache.lengths)
+
+    def layer(index: int, params: Params, x: Array, keys: Array, values: Array) -> tuple[Array, Array, Array, Array]:
+        static = config, config.window(index), _softmax(config, index), implementation
+        return _extend_layer(*static, params, x, rope, keys, values, start)
+
+    return _run_layers(config, params, layer, model.embed(tokens), cache)
 
 
 def step(
-    params: Params, config: ModelConfig, cache: KVCache, tokens: Int[Array, " batch"]
-) -> tuple[Float[Array, "batch vocab_size"], KVCache]:
+    params: Params,
+    config: ModelConfig,
+    cache: KVCache,
+    tokens: Int[Array, " batch"],
+    implementation: str | None = None,
+) -> tuple[Float[Array, "batch vocab_size"], KVCache, Int[Array, " batch"]]:
     """Runs one new token a row: stores its key and value in slot `cache.lengths` and looks back.
 
     Args:
       tokens: [batch] int32.
+      implementation: see `pallas_kernels.dataflow.BACKENDS`.
 
     Returns:
-      Logits [batch, vocab_size] float32 of the next token, and the cache; its `lengths` are left as they were.
+      Logits [batch, vocab_size] float32 of the next token; the cache, its `lengths` left as they were; and how many
+      rows of attention left the range of their unified maximum, [batch].
     """
-    model = bind_model(config, params)
-    rope = model.rope(cache.lengths, cache.lengths + 1)
-    x, keys, values = model.embed(tokens), [], []
-    for index, layer in enumerate(params["layers"]):
-        x, layer_keys, layer_values = _step_layer(
-            config,
-            config.window(index),
-            layer,
-            x,
-            rope,
-            cache.keys[index],
-            cache.values[index],
-            cache.lengths,
-        )
-        keys.append(layer_keys)
-        values.append(layer_values)
-    return model.logits(x), KVCache(tuple(keys), tuple(values), cache.lengths)
+    model, batch = bind_model(config, params), tokens.shape[0]
+    device = device_of(implementation)
+    # padded once, so that no product has to: their kernels work on eight rows at a time
+    padding = padded_rows(batch, dtype=cache.keys[0].dtype, device=device) - batch
+    positions = jnp.pad(cache.lengths, (0, padding))
+    rope = model.rope(positions, positions + 1)
+    counters = jax.new_ref(_zero_counters(config, batch)) if device and implementation != INTERPRET else None
+    valid_m = batch if padding else None
+    lengths = cache.lengths + 1
+
+    def layer(index: int, params: Params, x: Array, keys: Array, values: Array) -> tuple[Array, Array, Array, Array]:
+        static = config, config.window(index), _softmax(config, index), implementation, valid_m
+        return _step_layer(*static, params, x, rope, keys, values, lengths, counters)
+
+    x, cache, recomputed = _run_layers(config, params, layer, model.embed(jnp.pad(tokens, (0, padding))), cache)
+    kernels = Kernels(implementation=implementation, valid_m=valid_m, counters=counters)
+    return model.logits(x, kernels)[:batch], cache, recomputed
 
 
 def logits(
-    params: Params, config: ModelConfig, x: Float[Array, "*batch embed_dim"]
+    params: Params, config: ModelConfig, x: Float[Array, "*batch embed_dim"], implementation: str | None = None
 ) -> Float[Array, "*batch vocab_size"]:
     """float32 next-token scores [..., vocab_size] of the last layer's output [..., embed_dim]."""
-    return bind_model(config, params).logits(x)
+    return bind_model(config, params).logits(x, Kernels(implementation=implementation))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_layers(
+    config: ModelConfig, params: Params, layer: Any, x: Array, cache: KVCache
+) -> tuple[Array, KVCache, Array]:
+    """layer(index, params, x, keys, values) -> x, keys, values, recomputed [batch, num_kv_heads], one by one."""
+    keys, values, recomputed = [], [], []
+    for index, own in enumerate(params["layers"]):
+        x, new_keys, new_values, again = layer(index, own, x, cache.keys[index], cache.values[index])
+        keys.append(new_keys)
+        values.append(new_values)
+        if _softmax(config, index):
+            recomputed.append(again)
+    total = jnp.stack(recomputed).sum(axis=(0, 2), dtype=jnp.int32) if recomputed else jnp.zeros_like(cache.lengths)
+    return x, KVCache(tuple(keys), tuple(values), cache.lengths), total
+
+
+def _softmax(config: ModelConfig, index: int) -> UnifiedMax | None:
+    return config.unified_max[index] if config.unified_max else None
+
+
+def _zero_counters(config: ModelConfig, batch: int) -> Array:
+    """What the kernels of a step count with: an entry for each 32 rows of a weight, or each KV head of a row."""
+    heads = config.num_heads + 2 * config.num_kv_heads
+    widest = max(heads * config.head_dim, 2 * config.mlp_dim, config.embed_dim, config.vocab_size)
+    return jnp.zeros(max(-(-widest // 32), batch * config.num_kv_heads), jnp.int32)
+
+
+def _attention_options(
+    config: ModelConfig, window: int | None, softmax: UnifiedMax | None, implementation: str | None
+) -> dict[str, Any]:
+    options = {"scale": config.head_dim**-0.5, "window": window, "implementation": implementation}
+    if softmax is not None:
+        options |= {"unified_max": softmax.value, "safe_range": (softmax.lowest, softmax.highest)}
+    return options
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _extend_layer(
     config: ModelConfig,
     window: int | None,
+    softmax: UnifiedMax | None,
+    implementation: str | None,
     params: Any,
     x: Array,
     rope: Rope,
     keys: Array,
     values: Array,
     start: Array,
-) -> tuple[Array, Array, Array]:
-    def attend(query: Array, key: Array, value: Array) -> Array:
-        nonlocal keys, values
+) -> tuple[Array, Array, Array, Array]:
+    kernels, recomputed = Kernels(implementation=implementation), None
+
+    def attend(x: Array, projection: Projection) -> Array:
+        nonlocal keys, values, recomputed
+        query, key, value = project(config, x, projection, rope, **kernels.options)
         keys, values = append_chunk(keys, key, start), append_chunk(values, value, start)
         positions = jnp.broadcast_to(start + jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-        return prefill_attention(query, keys, values, positions, scale=config.head_dim**-0.5, window=window)
+        options = _attention_options(config, window, softmax, implementation)
+        out, recomputed = prefill_attention(query, keys, values, positions, **options)
+        return out.reshape(*x.shape[:2], -1)
 
-    x = bind_layer(config, params)(x, rope, attend)
-    return x, keys, values
+    x = bind_layer(config, params)(x, attend, kernels)
+    assert recomputed is not None
+    return x, keys, values, recomputed
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _step_layer(
     config: ModelConfig,
     window: int | None,
+    softmax: UnifiedMax | None,
+    implementation: str | None,
+    valid_m: int | None,
     params: Any,
     x: Array,
     rope: Rope,
     keys: Array,
     values: Array,
     lengths: Array,
-) -> tuple[Array, Array, Array]:
-    def attend(query: Array, key: Array, value: Array) -> Array:
-        nonlocal keys, values
-        keys, values = append_token(keys, key, lengths), append_token(values, value, lengths)
-        return decode_attention(query, keys, values, lengths + 1, scale=config.head_dim**-0.5, window=window)
+    counters: Any,
+) -> tuple[Array, Array, Array, Array]:
+    """`lengths` counts the new token, which goes to the last slot."""
+    kernels, recomputed = Kernels(implementation=implementation, valid_m=valid_m, counters=counters), None
 
-    x = bind_layer(config, params)(x, rope, attend)
-    return x, keys, values
+    def attend(x: Array, projection: Projection) -> Array:
+        nonlocal keys, values, recomputed
+        norm, weight, bias, q_norm, k_norm = projection
+        query, keys, values = qkv_linear(
+            x,
+            weight,
+            bias,
+            rope=rope,
+            keys=keys,
+            values=values,
+            lengths=lengths - 1,
+            norm=norm,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            implementation=implementation,
+            counters=counters,
+        )
+        options = _attention_options(config, window, softmax, implementation)
+        out, recomputed = decode_attention(query, keys, values, lengths, counters=counters, **options)
+        return out.reshape(x.shape[0], -1)
+
+    x = bind_layer(config, params)(x, attend, kernels)
+    assert recomputed is not None
+    return x, keys, values, recomputed
 
 
 def prefill_chunks(prompt_len: int, sizes: tuple[int, ...]) -> tuple[int, ...]:

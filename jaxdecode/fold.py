@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
+from pallas_kernels.fold import one_by_one
+
 
 def foldable(run):
     """Wraps run(params, sampler, tokens, lengths, keys, limits, eos, stops, pad) so that `vmap` folds its rows.
@@ -27,7 +29,7 @@ def foldable(run):
     def fold(axis_size: int, mapped, params, sampler, *arrays):
         rows, shared = arrays[:4], arrays[4:]
         if any(jax.tree.leaves((mapped[0], mapped[6:]))):
-            out = _one_by_one(run, mapped, (params, sampler, *arrays))
+            out = one_by_one(run, mapped, (params, sampler, *arrays))
             return out, jax.tree.map(lambda _: True, out)
 
         folded = [
@@ -43,19 +45,6 @@ def foldable(run):
         return out, jax.tree.map(lambda _: True, out)
 
     return run
-
-
-def _one_by_one(run, mapped, arguments):
-    leaves, structure = jax.tree.flatten(arguments)
-    flags = jax.tree.leaves(mapped)
-
-    def one(mapped_leaves):
-        rest = iter(mapped_leaves)
-        return run(
-            *structure.unflatten([next(rest) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)])
-        )
-
-    return lax.map(one, [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag])
 
 
 @jax.tree_util.register_dataclass

@@ -25,6 +25,7 @@ from jaxdecode.models import Params
 from jaxdecode.sampling import Greedy
 
 ArrayLike = Array | np.ndarray
+_SLOTS = 32  # a cache has a multiple of it, so that attention reads whole blocks
 
 PREFILL_CHUNKS = (
     256,
@@ -41,12 +42,15 @@ class Generation(NamedTuple):
       logprobs: [batch, max_new_tokens] float32, natural log-probability of each token under the model's own
         distribution, before any sampler touched it.
       finished: [batch] bool, True where an end token or stop sequence ended the row.
+      recomputed: [batch] int32, rows of attention (a head of a layer at a position) that left the range of their
+        unified maximum and were computed again, padding included; 0 for models without one.
     """
 
     tokens: Int[Array, "batch max_new_tokens"]
     lengths: Int[Array, " batch"]
     logprobs: Float[Array, "batch max_new_tokens"]
     finished: Bool[Array, " batch"]
+    recomputed: Int[Array, " batch"]
 
 
 @jax.tree_util.register_dataclass
@@ -100,6 +104,7 @@ def generate(
     stop_sequences: Sequence[Sequence[int | Array]] | ArrayLike = (),
     max_len: int | None = None,
     pad_token_id: int | ArrayLike = 0,
+    implementation: str | None = None,
 ) -> Generation:
     """Continues every prompt until it ends or `max_new_tokens` are out; pure, so usable inside `jit`.
 
@@ -117,6 +122,8 @@ def generate(
       eos_token_ids: tokens that end a row.
       stop_sequences: token sequences that end a row when they have been generated.
       max_len: slots of the cache, at least prompt_len + max_new_tokens; None for just that.
+      implementation: forces one for all operations, see `pallas_kernels.dataflow.BACKENDS`; None for what the rules
+        choose on the device that JAX runs on.
 
     Raises:
       ValueError: shapes or sizes that do not fit together.
@@ -125,8 +132,8 @@ def generate(
     arrays = _arrays(tokens, lengths, key, max_new_tokens, token_limits, eos_token_ids, stop_sequences, pad_token_id)
 
     def run(params, sampler, *arrays):
-        state = _prefill(config, max_new_tokens, max_len, params, sampler, *arrays)
-        return decode(params, config, state, max_new_tokens, sampler=sampler).output
+        state = _prefill(config, max_new_tokens, max_len, implementation, params, sampler, *arrays)
+        return decode(params, config, state, max_new_tokens, sampler=sampler, implementation=implementation).output
 
     return foldable(run)(params, sampler, *arrays)
 
@@ -145,17 +152,19 @@ def prefill(
     stop_sequences: Sequence[Sequence[int | Array]] | ArrayLike = (),
     max_len: int | None = None,
     pad_token_id: int | ArrayLike = 0,
+    implementation: str | None = None,
 ) -> DecodeState:
     """Reads the prompts and draws the first token of every row; arguments as for `generate`."""
     _check_sizes(tokens, lengths, max_new_tokens, max_len)
     arrays = _arrays(tokens, lengths, key, max_new_tokens, token_limits, eos_token_ids, stop_sequences, pad_token_id)
-    return _prefill(config, max_new_tokens, max_len, params, sampler, *arrays)
+    return _prefill(config, max_new_tokens, max_len, implementation, params, sampler, *arrays)
 
 
 def _prefill(
     config: ModelConfig,
     max_new_tokens: int,
     max_len: int | None,
+    implementation: str | None,
     params: Params,
     sampler: Any,
     tokens: Array,
@@ -170,7 +179,8 @@ def _prefill(
     sampler_state = sampler.init_(batch)
     if hasattr(sampler, "observe"):
         sampler_state = sampler.observe(sampler_state, tokens, lengths)
-    hidden, cache = read_prompt(params, config, tokens, lengths, max_len or prompt_len + max_new_tokens)
+    slots = max_len or prompt_len + max_new_tokens
+    hidden, cache, recomputed = read_prompt(params, config, tokens, lengths, slots, implementation)
     state = DecodeState(
         cache=cache,
         newest=tokens[:, 0],
@@ -180,6 +190,7 @@ def _prefill(
             lengths=jnp.zeros(batch, jnp.int32),
             logprobs=jnp.zeros((batch, max_new_tokens), jnp.float32),
             finished=jnp.zeros(batch, bool),
+            recomputed=recomputed,
         ),
         limits=limits,
         keys=keys,
@@ -189,25 +200,43 @@ def _prefill(
         stop_sequences=stop_sequences,
         pad_token_id=pad_token_id,
     )
-    return _record(match_varying(state, like=tokens), logits(params, config, hidden), sampler)
+    return _record(match_varying(state, like=tokens), logits(params, config, hidden, implementation), sampler)
 
 
-def decode_step(params: Params, config: ModelConfig, state: DecodeState, *, sampler: Any = Greedy()) -> DecodeState:
+def decode_step(
+    params: Params,
+    config: ModelConfig,
+    state: DecodeState,
+    *,
+    sampler: Any = Greedy(),
+    implementation: str | None = None,
+) -> DecodeState:
     """Feeds every row's newest token and draws the next one; rows that have ended stay as they are."""
-    scores, cache = step(params, config, state.cache, state.newest)
+    scores, cache, recomputed = step(params, config, state.cache, state.newest, implementation)
     cache = dataclasses.replace(cache, lengths=cache.lengths + state.running)
-    return _record(dataclasses.replace(state, cache=cache), scores, sampler)
+    recomputed = state.output.recomputed + jnp.where(state.running, recomputed, 0)
+    output = state.output._replace(recomputed=recomputed)
+    return _record(dataclasses.replace(state, cache=cache, output=output), scores, sampler)
 
 
 def decode(
-    params: Params, config: ModelConfig, state: DecodeState, until: int | Array, *, sampler: Any = Greedy()
+    params: Params,
+    config: ModelConfig,
+    state: DecodeState,
+    until: int | Array,
+    *,
+    sampler: Any = Greedy(),
+    implementation: str | None = None,
 ) -> DecodeState:
     """Steps until every row has ended or `until` tokens have been generated; one `while_loop`."""
 
     def more(state: DecodeState) -> Array:
         return (state.step < until) & state.running.any()
 
-    return lax.while_loop(more, lambda state: decode_step(params, config, state, sampler=sampler), state)
+    def body(state: DecodeState) -> DecodeState:
+        return decode_step(params, config, state, sampler=sampler, implementation=implementation)
+
+    return lax.while_loop(more, body, state)
 
 
 def stream(
@@ -218,6 +247,7 @@ def stream(
     key: Array,
     *,
     sampler: Any = Greedy(),
+    implementation: str | None = None,
     **options,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yields the tokens of `generate` as they come; arguments as for `generate`.
@@ -226,10 +256,11 @@ def stream(
       One step's tokens [batch] (pad where a row had ended), logprobs [batch], and which rows have ended [batch],
       until all have. The next step is already running while the caller looks at this one.
     """
-    state = jit_prefill(params, config, tokens, lengths, key, sampler=sampler, **options)
+    how = {"sampler": sampler, "implementation": implementation}
+    state = jit_prefill(params, config, tokens, lengths, key, **how, **options)
     current = newest_column(state)
     while True:
-        state = jit_decode_step(params, config, state, sampler=sampler)  # before waiting for the current tokens
+        state = jit_decode_step(params, config, state, **how)  # before waiting for the current tokens
         token, logprob, ended = (np.asarray(part) for part in current)
         yield token, logprob, ended
         if ended.all():
@@ -253,12 +284,15 @@ def score(
     config: ModelConfig,
     tokens: Int[ArrayLike, "batch n"],
     lengths: Int[ArrayLike, " batch"],
+    *,
+    implementation: str | None = None,
 ) -> Float[Array, "batch n-1"]:
     """Log-probability of each token after the first, given those before it (teacher forcing).
 
     Args:
       tokens: [batch, n] int32, padded on the right with anything.
       lengths: [batch] int32.
+      implementation: as for `generate`.
 
     Returns:
       [batch, n - 1] float32; 0 past a row's length.
@@ -271,11 +305,16 @@ def score(
 
     def body(start: Array, size: int, carry: tuple[KVCache, Array]) -> tuple[KVCache, Array]:
         cache, logprobs = carry
-        x, cache = extend(params, config, cache, lax.dynamic_slice_in_dim(padded, start, size, 1), start, lengths)
+        piece = lax.dynamic_slice_in_dim(padded, start, size, 1)
+        x, cache, _ = extend(params, config, cache, piece, start, lengths, implementation)
         chunk = lax.dynamic_slice_in_dim(targets, start, size, 1)
         # A few positions at a time: the scores of a whole chunk would be the largest array of all.
         pieces = [part.reshape(batch, -1, min(sizes), *part.shape[2:]).swapaxes(0, 1) for part in (x, chunk)]
-        picked = lax.map(lambda piece: _logprob(logits(params, config, piece[0]), piece[1]), tuple(pieces))
+
+        def pick(part: tuple[Array, Array]) -> Array:
+            return _logprob(logits(params, config, part[0], implementation), part[1])
+
+        picked = lax.map(pick, tuple(pieces))
         picked = picked.swapaxes(0, 1).reshape(batch, size)
         return cache, lax.dynamic_update_slice_in_dim(logprobs, picked, start, 1)
 
@@ -287,26 +326,37 @@ def score(
 
 
 def read_prompt(
-    params: Params, config: ModelConfig, tokens: Array, lengths: Array, max_len: int
-) -> tuple[Array, KVCache]:
-    """Fills a new cache of `max_len` slots or more; returns each row's last output [batch, embed_dim] and the cache."""
+    params: Params,
+    config: ModelConfig,
+    tokens: Array,
+    lengths: Array,
+    max_len: int,
+    implementation: str | None = None,
+) -> tuple[Array, KVCache, Array]:
+    """Fills a new cache of `max_len` slots or more.
+
+    Returns:
+      Each row's last output [batch, embed_dim], the cache, and how many rows of attention were computed again [batch].
+    """
     sizes = prefill_chunks(tokens.shape[1], PREFILL_CHUNKS)
     tokens = _pad_to_multiple(tokens, min(sizes))
     rows = jnp.arange(tokens.shape[0])
 
-    def body(start: Array, size: int, carry: tuple[KVCache, Array]) -> tuple[KVCache, Array]:
-        cache, last = carry
-        x, cache = extend(params, config, cache, lax.dynamic_slice_in_dim(tokens, start, size, 1), start, lengths)
+    def body(start: Array, size: int, carry: tuple[KVCache, Array, Array]) -> tuple[KVCache, Array, Array]:
+        cache, last, total = carry
+        piece = lax.dynamic_slice_in_dim(tokens, start, size, 1)
+        x, cache, recomputed = extend(params, config, cache, piece, start, lengths, implementation)
         place = lengths - 1 - start
         here = (place >= 0) & (place < size)
-        return cache, jnp.where(here[:, None], x[rows, jnp.clip(place, 0, size - 1)], last)
+        return cache, jnp.where(here[:, None], x[rows, jnp.clip(place, 0, size - 1)], last), total + recomputed
 
     dtype = _dtype(params)
-    cache = init_cache(config, tokens.shape[0], max(max_len, tokens.shape[1]), dtype)
+    slots = -(-max(max_len, tokens.shape[1]) // _SLOTS) * _SLOTS
+    cache = init_cache(config, tokens.shape[0], slots, dtype)
     last = jnp.zeros((tokens.shape[0], config.embed_dim), dtype)
-    carry = match_varying((cache, last), like=tokens)
-    cache, last = for_each_chunk(sizes, lengths.max(), body, carry)
-    return last, dataclasses.replace(cache, lengths=lengths)
+    carry = match_varying((cache, last, jnp.zeros_like(lengths)), like=tokens)
+    cache, last, recomputed = for_each_chunk(sizes, lengths.max(), body, carry)
+    return last, dataclasses.replace(cache, lengths=lengths), recomputed
 
 
 def _record(state: DecodeState, scores: Array, sampler: Any) -> DecodeState:
@@ -322,7 +372,7 @@ def _record(state: DecodeState, scores: Array, sampler: Any) -> DecodeState:
     if state.stop_sequences.size:
         matches = (tail[:, None] == state.stop_sequences) | (state.stop_sequences < 0)
         ends |= matches.all(axis=2).any(axis=1)
-    output = Generation(
+    output = output._replace(
         tokens=lax.dynamic_update_slice_in_dim(output.tokens, token[:, None], state.step, 1),
         lengths=output.lengths + running,
         logprobs=lax.dynamic_update_slice_in_dim(output.logprobs, logprob[:, None], state.step, 1),
@@ -412,9 +462,10 @@ def _dtype(params: Params):
     return params["norm"]["weight"].dtype
 
 
-_STATIC = ("config", "max_new_tokens", "max_len")
-jit_generate = functools.partial(jax.jit, static_argnames=_STATIC)(generate)
-jit_prefill = functools.partial(jax.jit, static_argnames=_STATIC)(prefill)
-jit_decode = functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))(decode)
-jit_decode_step = functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))(decode_step)
-jit_score = functools.partial(jax.jit, static_argnames=("config",))(score)
+_STATIC = ("config", "implementation")
+_SIZES = ("max_new_tokens", "max_len")
+jit_generate = functools.partial(jax.jit, static_argnames=_STATIC + _SIZES)(generate)
+jit_prefill = functools.partial(jax.jit, static_argnames=_STATIC + _SIZES)(prefill)
+jit_decode = functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames=("state",))(decode)
+jit_decode_step = functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames=("state",))(decode_step)
+jit_score = functools.partial(jax.jit, static_argnames=_STATIC)(score)

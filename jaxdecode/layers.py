@@ -1,23 +1,56 @@
 """The parts of a decoder layer as Flax NNX modules.
 
 Weights are stored [out, in], as checkpoints hold them. A layer knows nothing of caches: whoever runs it passes
-`attend(query, key, value) -> out`, which stores the new keys and values and looks back over the old ones.
+`attend(x, projection) -> out`, which makes queries, keys and values of x, stores what is new and looks back over what
+is old; and `kernels`, which says how the products run.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from jaxdecode.config import ModelConfig
-from jaxdecode.rope import apply_rope
 from pallas_kernels.flat_gemm import gated_linear, linear
+from pallas_kernels.norm import Norm, normalize
 
-Attend = Callable[[Array, Array, Array], Array]
-Rope = tuple[Array, Array]  # cos and sin, each [..., head_dim // 2]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """How the operations of one pass run.
+
+    Attributes:
+      implementation: forces one, see `pallas_kernels.dataflow.BACKENDS`; None for what the rules choose.
+      valid_m: rows of the activations that are not padding; None for all.
+      counters: a `jax.new_ref` of zeros that kernels count with; None if each makes its own.
+    """
+
+    implementation: str | None = None
+    valid_m: int | None = None
+    counters: Any = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of a product."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+class Projection(NamedTuple):
+    """What makes queries, keys and values: the norm before the product, the product, the norms of each head."""
+
+    norm: Norm
+    weight: Array
+    bias: Array | None
+    q_norm: Norm | None
+    k_norm: Norm | None
+
+
+Attend = Callable[[Array, Projection], Array]  # x [..., embed_dim] -> [..., num_heads * head_dim]
 
 
 class Linear(nnx.Module):
@@ -27,8 +60,10 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(_scaled_normal(rngs, (out_dim, in_dim), dtype))
         self.bias = nnx.Param(jnp.zeros(out_dim, dtype)) if bias else None
 
-    def __call__(self, x: Array, residual: Array | None = None) -> Array:
-        return linear(x, self.weight.get_value(), _value(self.bias), residual=residual)
+    @property
+    def operands(self) -> tuple[Array, Array | None]:
+        """Weight and bias."""
+        return self.weight.get_value(), None if self.bias is None else self.bias.get_value()
 
 
 class RMSNorm(nnx.Module):
@@ -38,14 +73,17 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.ones(dim, dtype))
         self.eps = eps
 
+    @property
+    def operand(self) -> Norm:
+        """What a product takes as the norm before it."""
+        return Norm(weight=self.weight.get_value(), eps=self.eps)
+
     def __call__(self, x: Array) -> Array:
-        wide = x.astype(jnp.float32)
-        wide = wide / jnp.sqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return wide.astype(x.dtype) * self.weight.get_value()
+        return normalize(x, self.operand)
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions; q, k and v come from one product."""
+    """Grouped-query attention; q, k and v come from one product."""
 
     def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
         heads = config.num_heads + 2 * config.num_kv_heads
@@ -55,16 +93,12 @@ class Attention(nnx.Module):
         )
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps, dtype=dtype) if config.qk_norm else None
-        self.config = config
 
-    def __call__(self, x: Array, residual: Array, rope: Rope, attend: Attend) -> Array:
-        num_heads, num_kv_heads = self.config.num_heads, self.config.num_kv_heads
-        qkv = self.qkv(x).reshape(*x.shape[:-1], -1, self.config.head_dim)
-        query, key, value = jnp.split(qkv, [num_heads, num_heads + num_kv_heads], axis=-2)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        out = attend(apply_rope(query, *rope), apply_rope(key, *rope), value)
-        return self.out(out.reshape(*x.shape[:-1], -1), residual)
+    def __call__(self, x: Array, norm: Norm, attend: Attend, kernels: Kernels) -> Array:
+        """x + attention(norm(x))."""
+        head_norms = (None if part is None else part.operand for part in (self.q_norm, self.k_norm))
+        out = attend(x, Projection(norm, *self.qkv.operands, *head_norms))
+        return linear(out, *self.out.operands, residual=x, **kernels.options)
 
 
 class GatedMLP(nnx.Module):
@@ -76,9 +110,10 @@ class GatedMLP(nnx.Module):
         self.down = Linear(mlp_dim, embed_dim, bias=bias, dtype=dtype, rngs=rngs)
         self.activation = config.activation
 
-    def __call__(self, x: Array, residual: Array) -> Array:
-        weight, bias = self.gate_up.weight.get_value(), _value(self.gate_up.bias)
-        return self.down(gated_linear(x, weight, bias, activation=self.activation), residual)
+    def __call__(self, x: Array, norm: Norm, kernels: Kernels) -> Array:
+        """x + mlp(norm(x))."""
+        hidden = gated_linear(x, *self.gate_up.operands, norm=norm, activation=self.activation, **kernels.options)
+        return linear(hidden, *self.down.operands, residual=x, **kernels.options)
 
 
 class DecoderLayer(nnx.Module):
@@ -90,14 +125,10 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=dtype)
         self.mlp = GatedMLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Array, rope: Rope, attend: Attend) -> Array:
+    def __call__(self, x: Array, attend: Attend, kernels: Kernels) -> Array:
         """Runs the layer on x [..., embed_dim]; the leading axes are whatever `attend` understands."""
-        x = self.attention(self.attention_norm(x), x, rope, attend)
-        return self.mlp(self.mlp_norm(x), x)
-
-
-def _value(param: nnx.Param | None) -> Array | None:
-    return None if param is None else param.get_value()
+        x = self.attention(x, self.attention_norm.operand, attend, kernels)
+        return self.mlp(x, self.mlp_norm.operand, kernels)
 
 
 def _scaled_normal(rngs: nnx.Rngs, shape: tuple[int, int], dtype) -> Array:

@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies of every scaling rule, tables of cos and sin, and the rotation."""
+"""Rotary position embedding: frequencies of every scaling rule, and tables of cos and sin."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
 
 from jaxdecode.config import RopeConfig
 
@@ -25,15 +24,6 @@ def rope_table(rope: RopeConfig, head_dim: int, positions: Array, context: Array
     frequencies = _FREQUENCIES[rope.kind](rope, head_dim, context)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
-
-
-def apply_rope(
-    x: Float[Array, "*batch heads head_dim"], cos: Float[Array, "*batch half"], sin: Float[Array, "*batch half"]
-) -> Float[Array, "*batch heads head_dim"]:
-    """Rotates the pairs (i, i + head_dim // 2) of x [..., heads, head_dim] by the angles of [..., head_dim // 2]."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def _plain(theta: float, head_dim: int) -> np.ndarray:

@@ -94,6 +94,9 @@ TARGETS: dict[str, Target] = {
 }
 
 
+INTERPRETED = TARGETS["h100-sxm"]  # the card whose form of the kernels the interpreter runs
+
+
 def find_target(name: str) -> Target:
     """The card of a short name such as "a100-80g-sxm"; case does not matter.
 
@@ -111,14 +114,18 @@ def find_target(name: str) -> Target:
 def this_device() -> Target | None:
     """The card that JAX runs on; None if it is not an NVIDIA card, or none of a capability we know.
 
-    A card that is not in the table is taken for the one of its compute capability with the nearest number of
-    multiprocessors: the limits are then right, bandwidth and memory are not.
+    It is asked when a program is traced: on a machine with a GPU, `jax.default_device` of a CPU makes a program for
+    that, and under the description of a card that is not here (`jaxdecode.aot`) it is that card. A card that is not in
+    the table is taken for the one of its compute capability with the nearest number of multiprocessors: the limits are
+    then right, bandwidth and memory are not.
     """
     import jax
 
-    device = jax.devices()[0]
+    device = jax.config.jax_default_device or jax.devices()[0]
+    if isinstance(device, str):
+        device = jax.devices(device)[0]
     capability = getattr(device, "compute_capability", None)
-    if device.platform != "gpu" or not isinstance(capability, str) or "." not in capability:
+    if device.platform not in ("gpu", "cuda") or not isinstance(capability, str) or "." not in capability:
         return None
     for target in TARGETS.values():
         if target.name == device.device_kind:

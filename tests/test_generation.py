@@ -72,7 +72,7 @@ def test_prefill_then_step_is_prefill_of_one_more(changes):
 
     @jax.jit
     def read(lengths):
-        x, cache = read_prompt(params, config, tokens, lengths, 300)
+        x, cache, _ = read_prompt(params, config, tokens, lengths, 300)
         return generation.logits(params, config, x), cache
 
     _, cache = read(lengths)

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 _PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "transformers", "safetensors", "numpy")
-_OPERATIONS = ("linear", "decode_attention", "prefill_attention")
+_SIZES = {"n": 4096, "k": 4096}  # of the products that stand for all
 
 
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
@@ -37,10 +37,15 @@ def _facts() -> dict[str, str | list[str]]:
     import jaxdecode
     from jaxdecode.compilation import VARIABLE, enable_cache
     from jaxdecode.devices import describe_backend
-    from pallas_kernels.dataflow import choose_implementation
+    from pallas_kernels.dataflow import choose_attention, choose_implementation
+    from pallas_kernels.targets import this_device
 
     backend = describe_backend()
     folder = enable_cache()
+    where = {"dtype": "bfloat16", "device": this_device()}
+    choices = {f"linear, {m=}": choose_implementation("linear", m=m, **_SIZES, **where) for m in (1, 8, 512)}
+    for op in ("decode_attention", "prefill_attention"):
+        choices[op] = choose_attention(op, head_dim=128, q_per_kv=1, max_len=4096, **where)
     return {
         "python": f"{platform.python_version()} on {platform.platform()}",
         "jaxdecode": jaxdecode.__version__,
@@ -49,7 +54,7 @@ def _facts() -> dict[str, str | list[str]]:
         "processors": str(os.cpu_count()),
         "compiled programs": f"{folder or 'not kept'} (move or switch off: {VARIABLE})",
         "backend": backend.reason,
-        **{op: ": ".join(choose_implementation(op)) for op in _OPERATIONS},
+        **{op: ": ".join(choice) for op, choice in choices.items()},
     }
 
 

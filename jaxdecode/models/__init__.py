@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxdecode.config import ModelConfig
-from jaxdecode.models.decoder import Decoder, Params, bind, params_of
+from jaxdecode.models.decoder import Decoder, Params, bind, params_of, project
 from jaxdecode.models.llama import Llama
 from jaxdecode.models.mistral import Mistral
 from jaxdecode.models.qwen2 import Qwen2
@@ -27,6 +27,7 @@ __all__ = [
     "bind_model",
     "build",
     "init_params",
+    "project",
 ]
 
 MODELS: dict[str, type[Decoder]] = {"llama": Llama, "mistral": Mistral, "qwen2": Qwen2, "qwen3": Qwen3}

@@ -10,12 +10,14 @@ from flax import nnx
 from jax import Array
 
 from jaxdecode.config import ModelConfig
-from jaxdecode.layers import DecoderLayer, Linear, RMSNorm, Rope
+from jaxdecode.layers import DecoderLayer, Kernels, Linear, Projection, RMSNorm
 from jaxdecode.rope import rope_table
 from pallas_kernels.flat_gemm import linear
+from pallas_kernels.heads import Rope, split_heads
 from pallas_kernels.prefill_attention import prefill_attention
 
 Params = dict[str, Any]
+_BY_RULE = Kernels()
 
 
 class Embedding(nnx.Module):
@@ -48,10 +50,10 @@ class Decoder(nnx.Module):
         """cos and sin for tokens at `positions` in sequences that hold `context` tokens."""
         return rope_table(self.config.rope, self.config.head_dim, positions, context)
 
-    def logits(self, x: Array) -> Array:
+    def logits(self, x: Array, kernels: Kernels = _BY_RULE) -> Array:
         """float32 scores [..., vocab_size] of the next token from the last layer's output [..., embed_dim]."""
         table = self.embed if self.config.tied_embeddings else self.head
-        return linear(self.norm(x), table.weight.get_value(), out_dtype=jnp.float32)
+        return linear(x, table.weight.get_value(), norm=self.norm.operand, out_dtype=jnp.float32, **kernels.options)
 
     def __call__(self, tokens: Array) -> Array:
         """Logits [batch, n, vocab_size] of whole sequences [batch, n]."""
@@ -59,17 +61,30 @@ class Decoder(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (batch, n))
         rope = self.rope(positions, jnp.full((batch, 1), n, jnp.int32))
         x = self.embed(tokens)
+        kernels = Kernels(implementation="xla")  # unlike our kernels it can be differentiated
         for index, layer in enumerate(self.layers):
-            attend = functools.partial(_attend_causally, positions, self.config.window(index))
-            x = layer(x, rope, attend)
-        return self.logits(x)
+            attend = functools.partial(_attend_causally, self.config, self.config.window(index), positions, rope)
+            x = layer(x, attend, kernels)
+        return self.logits(x, kernels)
 
 
-def _attend_causally(positions: Array, window: int | None, query: Array, key: Array, value: Array) -> Array:
-    keys, values = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
-    scale = query.shape[-1] ** -0.5
+def project(config: ModelConfig, x: Array, projection: Projection, rope: Rope, **options: Any) -> list[Array]:
+    """Query, key and value [..., heads, head_dim] of x [..., embed_dim], normed and turned."""
+    norm, weight, bias, q_norm, k_norm = projection
+    shape = {"num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+    qkv = linear(x, weight, bias, norm=norm, **options)
+    return list(split_heads(qkv, **shape, rope=rope, q_norm=q_norm, k_norm=k_norm))
+
+
+def _attend_causally(
+    config: ModelConfig, window: int | None, positions: Array, rope: Rope, x: Array, projection: Projection
+) -> Array:
+    query, *new = project(config, x, projection, rope, implementation="xla")
+    keys, values = (jnp.swapaxes(part, 1, 2) for part in new)
     # The definition, since unlike a loop over cache blocks it can be differentiated.
-    return prefill_attention(query, keys, values, positions, scale=scale, window=window, implementation="reference")
+    options = {"scale": config.head_dim**-0.5, "window": window, "implementation": "reference"}
+    out, _ = prefill_attention(query, keys, values, positions, **options)
+    return out.reshape(*x.shape[:-1], -1)
 
 
 def bind(module: nnx.Module, params: Any) -> Any:

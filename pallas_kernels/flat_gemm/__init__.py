@@ -1,5 +1,5 @@
-"""Products of a few activations with a large weight matrix."""
+"""Products with weight matrices [n, k] as checkpoints store them."""
 
-from pallas_kernels.flat_gemm.api import gated_linear, linear
+from pallas_kernels.flat_gemm.api import gated_linear, linear, qkv_linear
 
-__all__ = ["gated_linear", "linear"]
+__all__ = ["gated_linear", "linear", "qkv_linear"]

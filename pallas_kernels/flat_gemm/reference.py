@@ -1,4 +1,4 @@
-"""The definition of `linear` and `gated_linear`: plain jnp, float32 inside."""
+"""The definition of `linear`, `gated_linear` and `qkv_linear`: plain jnp, float32 inside."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
+
+from pallas_kernels.heads import Rope, append_token, split_heads
+from pallas_kernels.norm import Norm, normalize
+from pallas_kernels.weights import Weight, dequantize
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -16,17 +21,54 @@ ACTIVATIONS = {
 }
 
 
-def linear(x: Array, weight: Array, bias: Array | None, *, residual: Array | None, out_dtype) -> Array:
-    y = jnp.einsum("...k,nk->...n", x.astype(jnp.float32), weight.astype(jnp.float32))
+def linear(
+    x: Array,
+    weight: Weight,
+    bias: Array | None = None,
+    *,
+    norm: Norm | None = None,
+    activation: str | None = None,
+    residual: Array | None = None,
+    out_dtype: DTypeLike,
+) -> Array:
+    wide = normalize(x.astype(jnp.float32), norm)
+    y = jnp.einsum("...k,nk->...n", wide, dequantize(weight, jnp.float32).astype(jnp.float32))
+    return finish(y, bias, activation, residual).astype(out_dtype)
+
+
+def gated_linear(x: Array, weight: Weight, bias: Array | None, *, norm: Norm | None, activation: str) -> Array:
+    return gate(linear(x, weight, bias, norm=norm, out_dtype=jnp.float32), activation).astype(x.dtype)
+
+
+def qkv_linear(
+    x: Array,
+    weight: Weight,
+    bias: Array | None,
+    *,
+    rope: Rope | None,
+    keys: Array,
+    values: Array,
+    lengths: Array,
+    norm: Norm | None,
+    q_norm: Norm | None,
+    k_norm: Norm | None,
+) -> tuple[Array, Array, Array]:
+    qkv = linear(x, weight, bias, norm=norm, out_dtype=jnp.float32)
+    batch, num_kv_heads, _, head_dim = keys.shape
+    split = split_heads(qkv, num_kv_heads=num_kv_heads, head_dim=head_dim, rope=rope, q_norm=q_norm, k_norm=k_norm)
+    query, key, value = (part.astype(keys.dtype) for part in split)
+    return query, append_token(keys, key[:batch], lengths), append_token(values, value[:batch], lengths)
+
+
+def finish(y: Array, bias: Array | None, activation: str | None, residual: Array | None) -> Array:
+    """What follows a product, float32."""
     if bias is not None:
         y = y + bias.astype(jnp.float32)
+    if activation is not None:
+        y = ACTIVATIONS[activation](y)
     if residual is not None:
         y = y + residual.astype(jnp.float32)
-    return y.astype(out_dtype)
-
-
-def gated_linear(x: Array, weight: Array, bias: Array | None, *, activation: str) -> Array:
-    return gate(linear(x, weight, bias, residual=None, out_dtype=jnp.float32), activation).astype(x.dtype)
+    return y
 
 
 def gate(y: Array, activation: str) -> Array:

@@ -13,12 +13,33 @@ BLOCK_KV = 512  # long enough that the loop costs nothing, short enough that the
 
 
 def prefill_attention(
-    query: Array, keys: Array, values: Array, positions: Array, *, scale: float, window: int | None
+    query: Array,
+    keys: Array,
+    values: Array,
+    positions: Array,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    unified_max: float | None = None,
+    safe_range: tuple[float, float] | None = None,
+) -> tuple[Array, Array]:
+    """As the API; always the online softmax, which has no range to leave."""
+    run = functools.partial(_attend, scale=scale, window=window, soft_cap=soft_cap)
+    out = fold_batch(run, rows=4)(query, keys, values, positions)
+    return out, jnp.zeros(keys.shape[:2], jnp.int32)
+
+
+def _attend(
+    query: Array,
+    keys: Array,
+    values: Array,
+    positions: Array,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
 ) -> Array:
-    return fold_batch(functools.partial(_attend, scale=scale, window=window))(query, keys, values, positions)
-
-
-def _attend(query: Array, keys: Array, values: Array, positions: Array, *, scale: float, window: int | None) -> Array:
     batch, q_len, num_heads, head_dim = query.shape
     num_kv_heads, max_len = keys.shape[1:3]
     block_kv = min(BLOCK_KV, max_len)
@@ -39,6 +60,8 @@ def _attend(query: Array, keys: Array, values: Array, positions: Array, *, scale
             visible &= slots > row_positions - window
 
         scores = jnp.einsum("bhrd,bhsd->bhrs", queries, k, preferred_element_type=jnp.float32)
+        if soft_cap is not None:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
         scores = jnp.where(visible, scores, -1e30)
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1, keepdims=True))
         weights = jnp.where(visible, jnp.exp(scores - new_maximum), 0.0)

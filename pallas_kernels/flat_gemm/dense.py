@@ -1,0 +1,53 @@
+"""The linear operations as XLA's own dot between XLA's own code: in the storage type, accumulated in float32."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from pallas_kernels.flat_gemm.reference import finish, gate
+from pallas_kernels.heads import Rope, append_token, split_heads
+from pallas_kernels.norm import Norm, normalize
+from pallas_kernels.weights import Weight, dequantize
+
+
+def linear(
+    x: Array,
+    weight: Weight,
+    bias: Array | None = None,
+    *,
+    norm: Norm | None = None,
+    activation: str | None = None,
+    residual: Array | None = None,
+    out_dtype: DTypeLike,
+) -> Array:
+    contract_k = (((x.ndim - 1,), (1,)), ((), ()))
+    matrix = dequantize(weight, x.dtype)
+    y = lax.dot_general(normalize(x, norm), matrix, contract_k, preferred_element_type=jnp.float32)
+    return finish(y, bias, activation, residual).astype(out_dtype)
+
+
+def gated_linear(x: Array, weight: Weight, bias: Array | None, *, norm: Norm | None, activation: str) -> Array:
+    return gate(linear(x, weight, bias, norm=norm, out_dtype=jnp.float32), activation).astype(x.dtype)
+
+
+def qkv_linear(
+    x: Array,
+    weight: Weight,
+    bias: Array | None,
+    *,
+    rope: Rope | None,
+    keys: Array,
+    values: Array,
+    lengths: Array,
+    norm: Norm | None,
+    q_norm: Norm | None,
+    k_norm: Norm | None,
+) -> tuple[Array, Array, Array]:
+    qkv = linear(x, weight, bias, norm=norm, out_dtype=x.dtype)
+    batch, num_kv_heads, _, head_dim = keys.shape
+    query, key, value = split_heads(
+        qkv, num_kv_heads=num_kv_heads, head_dim=head_dim, rope=rope, q_norm=q_norm, k_norm=k_norm
+    )
+    return query, append_token(keys, key[:batch], lengths), append_token(values, value[:batch], lengths)
