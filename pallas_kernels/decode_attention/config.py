@@ -9,8 +9,8 @@ from pallas_kernels.targets import Target
 ITEMSIZE = 2  # bytes of float16 and bfloat16
 MAX_SPLIT_KV = 64  # beyond, adding the partial results up takes longer than the keys and values they save
 _MAX_STAGES = 4
-_RESERVED = 4096  # bytes a block needs besides its ring: reductions across warps, barriers, alignment
-_SYSTEM = 1024  # bytes of a multiprocessor's shared memory that the system keeps for every block
+RESERVED = 4096  # bytes a block needs besides its ring: reductions across warps, barriers, alignment
+SYSTEM = 1024  # bytes of a multiprocessor's shared memory that the system keeps for every block
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class DecodeAttentionConfig:
         columns = self.columns(q_per_kv, head_dim)
         ring = 2 * self.num_stages * self.block_kv * head_dim
         waiting = columns * head_dim if self.query_in_shared(q_per_kv, head_dim) else 0
-        return (ring + self.block_kv * columns + waiting) * ITEMSIZE + _RESERVED
+        return (ring + self.block_kv * columns + waiting) * ITEMSIZE + RESERVED
 
 
 def m_warps(rows: int) -> int:
@@ -98,7 +98,7 @@ def _choose_ring(q_per_kv: int, max_len: int, head_dim: int, target: Target) -> 
         if block_kv > max_len:
             continue
         for resident in (2, 1):
-            limit = min(target.shared_per_block, target.shared_per_sm // resident - _SYSTEM)
+            limit = min(target.shared_per_block, target.shared_per_sm // resident - SYSTEM)
             for num_stages in range(_MAX_STAGES, 1, -1):
                 config = DecodeAttentionConfig(block_kv=block_kv, num_stages=num_stages)
                 if config.shared_bytes(q_per_kv, head_dim) <= limit:
