@@ -51,10 +51,11 @@ def extend(
     model = bind_model(config, params)
     positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     rope = model.rope(positions, lengths[:, None])
+    seeing = jnp.where(positions < lengths[:, None], positions, -1)  # padding looks at nothing
 
     def layer(index: int, params: Params, x: Array, keys: Array, values: Array) -> tuple[Array, Array, Array, Array]:
         static = config, config.window(index), _softmax(config, index), implementation
-        return _extend_layer(*static, params, x, rope, keys, values, start)
+        return _extend_layer(*static, params, x, rope, keys, values, start, seeing)
 
     return _run_layers(config, params, layer, model.embed(tokens), cache)
 
@@ -149,6 +150,7 @@ def _extend_layer(
     keys: Array,
     values: Array,
     start: Array,
+    positions: Array,
 ) -> tuple[Array, Array, Array, Array]:
     kernels, recomputed = Kernels(implementation=implementation), None
 
@@ -156,7 +158,6 @@ def _extend_layer(
         nonlocal keys, values, recomputed
         query, key, value = project(config, x, projection, rope, **kernels.options)
         keys, values = append_chunk(keys, key, start), append_chunk(values, value, start)
-        positions = jnp.broadcast_to(start + jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
         options = _attention_options(config, window, softmax, implementation)
         out, recomputed = prefill_attention(query, keys, values, positions, **options)
         return out.reshape(*x.shape[:2], -1)

@@ -43,7 +43,7 @@ class Generation(NamedTuple):
         distribution, before any sampler touched it.
       finished: [batch] bool, True where an end token or stop sequence ended the row.
       recomputed: [batch] int32, rows of attention (a head of a layer at a position) that left the range of their
-        unified maximum and were computed again, padding included; 0 for models without one.
+        unified maximum and were computed again; 0 for models without one.
     """
 
     tokens: Int[Array, "batch max_new_tokens"]

@@ -77,7 +77,7 @@ def test_prefill_then_step_is_prefill_of_one_more(changes):
 
     _, cache = read(lengths)
     rows = jnp.arange(len(lengths))
-    stepped, _ = jax.jit(lambda cache: step(params, config, cache, tokens[rows, lengths]))(cache)
+    stepped, *_ = jax.jit(lambda cache: step(params, config, cache, tokens[rows, lengths]))(cache)
     whole, _ = read(lengths + 1)
     np.testing.assert_allclose(stepped, whole, atol=2e-5)
     np.testing.assert_allclose(whole, full_logits(config)(params, tokens)[rows, lengths], atol=2e-5)

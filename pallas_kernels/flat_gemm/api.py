@@ -170,7 +170,7 @@ def qkv_linear(
     def run(x, rope, keys, values, lengths, weight, bias, norms) -> tuple[Array, Array, Array]:
         refs = {"keys": jax.new_ref(keys), "values": jax.new_ref(values)}
         cos, sin = rope or (None, None)
-        names = dict(zip(("norm", "q_norm", "k_norm"), norms, strict=True))
+        names = {n: v for n, v in zip(("norm", "q_norm", "k_norm"), norms, strict=True) if v is not None}
         query = _kernels().qkv_linear(
             x, weight, bias, cos=cos, sin=sin, **refs, lengths=lengths, **names, launch=launch
         )
