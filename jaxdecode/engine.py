@@ -114,7 +114,9 @@ def _run_layers(
         values.append(new_values)
         if _softmax(config, index):
             recomputed.append(again)
-    total = jnp.stack(recomputed).sum(axis=(0, 2), dtype=jnp.int32) if recomputed else jnp.zeros_like(cache.lengths)
+    total = jnp.zeros_like(cache.lengths)
+    if recomputed:  # the barrier keeps XLA from a sum, so a kernel, for every layer
+        total = lax.optimization_barrier(jnp.stack(recomputed)).sum(axis=(0, 2), dtype=jnp.int32)
     return x, KVCache(tuple(keys), tuple(values), cache.lengths), total
 
 

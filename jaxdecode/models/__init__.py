@@ -63,7 +63,7 @@ def bind_layer(config: ModelConfig, params: Params):
 
 def _one_layer(config: ModelConfig) -> ModelConfig:
     """All layers have one shape, so a skeleton needs only the first."""
-    return dataclasses.replace(config, num_layers=1, layer_windows=config.layer_windows[:1])
+    return dataclasses.replace(config, num_layers=1, layer_windows=config.layer_windows[:1], unified_max=())
 
 
 def _create(config: ModelConfig, dtype: DTypeLike, key: Array | int = 0) -> Decoder:

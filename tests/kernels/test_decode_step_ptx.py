@@ -1,0 +1,117 @@
+"""Whole decode steps compiled for cards that are not here: executed where small, and their programs looked at."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decode_step import loop, one_step
+from ptx.chain import Chain
+
+from jaxdecode.aot import CompiledProgram, compile_program, compiler_installed
+from jaxdecode.aot.program import walk
+from jaxdecode.cache import KVCache, init_cache
+from jaxdecode.config import ModelConfig, UnifiedMax
+from jaxdecode.engine import step
+from jaxdecode.models import init_params
+
+pytestmark = pytest.mark.skipif(not compiler_installed(), reason='needs pip install "jaxdecode[check]"')
+
+LLAMA = ModelConfig(
+    model_type="llama", vocab_size=256, embed_dim=256, mlp_dim=192, num_layers=2, num_heads=4, num_kv_heads=2,
+    head_dim=64, max_position=64,
+)  # fmt: skip
+# of the second layer's attention some rows leave the range
+RANGES = UnifiedMax(value=0.0, lowest=-20.0, highest=20.0), UnifiedMax(value=0.0, lowest=-20.0, highest=1.5)
+EXECUTED = {
+    "one row": (LLAMA, 1, "float16", "a100-80g-sxm"),
+    "ragged": (dataclasses.replace(LLAMA, unified_max=RANGES), 3, "float16", "a100-80g-sxm"),
+    "ragged 86": (dataclasses.replace(LLAMA, unified_max=RANGES), 3, "bfloat16", "rtx-3090"),
+    "biases and norms 89": (
+        dataclasses.replace(LLAMA, qkv_bias=True, out_bias=True, mlp_bias=True, model_type="qwen3", qk_norm=True),
+        9,
+        "float16",
+        "rtx-4090",
+    ),
+}
+LLAMA2_7B = ModelConfig(
+    model_type="llama", vocab_size=32000, embed_dim=4096, mlp_dim=11008, num_layers=32, num_heads=32,
+    num_kv_heads=32, head_dim=128, max_position=4096,
+    unified_max=(UnifiedMax(value=-16.8, lowest=-16.8, highest=6.5),) * 32,
+)  # fmt: skip
+LOOPS = {f"{card} batch={batch}": (card, batch) for card in ("a100-80g-sxm", "rtx-3090") for batch in (1, 8)}
+TOLERANCE = {"float16": 0.01, "bfloat16": 0.06}  # of logits around 1
+
+
+def filled_cache(config: ModelConfig, batch: int, dtype: str) -> KVCache:
+    """Sequences of different length; NaN in every slot past them."""
+    cache, random = init_cache(config, batch, config.max_position, dtype), np.random.default_rng(0)
+    lengths = random.integers(0, config.max_position, batch)
+    used = (np.arange(config.max_position) < lengths[:, None])[:, None, :, None]
+
+    def fill(slots: jax.Array) -> jax.Array:
+        return jnp.asarray(np.where(used, 2 * random.standard_normal(slots.shape), np.nan), slots.dtype)
+
+    keys, values = (tuple(map(fill, part)) for part in (cache.keys, cache.values))
+    return KVCache(keys, values, jnp.asarray(lengths, jnp.int32))
+
+
+@pytest.mark.parametrize("name", EXECUTED)
+def test_executed_step(name):
+    config, batch, dtype, card = EXECUTED[name]
+    program = compile_program(one_step, config, batch, config.max_position, dtype, target=card)
+    params, cache = init_params(config, jax.random.key(0), dtype), filled_cache(config, batch, dtype)
+    tokens = jax.random.randint(jax.random.key(1), (batch,), 0, config.vocab_size)
+    definition = functools.partial(step, implementation="reference")
+    expected = jax.tree.leaves(jax.jit(definition, static_argnums=1)(params, config, cache, tokens))
+    sparse = [kernel.name for kernel in program.kernels.values() if kernel.kind == "mosaic"]
+    for seed in (None, 0):
+        chain = Chain(
+            program, [np.asarray(a) for a in jax.tree.leaves((cache, params, tokens))], seed=seed, sparse=sparse
+        )
+        assert sum("mosaic" in kernel for kernel in chain.launched) >= 5 * config.num_layers
+        for ours, theirs in zip(chain.outputs[:-1], expected[:-1], strict=True):
+            ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
+            np.testing.assert_allclose(ours, theirs, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+        again = np.asarray(expected[-1])
+        assert again.any() == bool(config.unified_max)
+        np.testing.assert_allclose(chain.outputs[-1], again, atol=1)  # a score beside the end may round to either side
+
+
+@functools.cache
+def compiled_loop(name: str) -> CompiledProgram:
+    card, batch = LOOPS[name]
+    return compile_program(loop, LLAMA2_7B, batch, 1024, "float16", target=card)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_llama2_7b_is_one_graph_of_few_kernels(name):
+    program, num_layers = compiled_loop(name), LLAMA2_7B.num_layers
+    [outer] = [node for node in program.graphs if node.kind == "while"]
+    [graph] = outer.children["body"]
+    assert graph.kind == "command_buffer"
+    [thunk] = [thunk for thunk in program.thunks if thunk.kind == "while"]
+    body = [step for step in walk(thunk.children["body"]) if step.kind != "sequential"]
+    assert all(step.kernel for step in body), [step.kind for step in body]
+    kinds = [program.kernels[step.kernel].kind for step in body if step.kernel]
+    assert kinds.count("mosaic") == 5 * num_layers + 1
+    assert len(kinds) <= 6 * num_layers
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_llama2_7b_copies_no_weight_and_no_cache(name):
+    program = compiled_loop(name)
+    cache_bytes = 2 * LLAMA2_7B.num_layers * LOOPS[name][1] * 1024 * 4096 * 2
+    assert program.memory.temporaries < 32 << 20
+    assert program.memory.aliased >= cache_bytes
+    largest = 2 << 20  # the smallest weight has 32 MiB, so has a layer's cache of one sequence with 4096 slots
+    for thunk in program.walk():
+        if thunk.kind == "device_to_device_copy":
+            assert thunk.argument("destination").size < largest, thunk
+        elif thunk.kernel and program.kernels[thunk.kernel].kind != "mosaic":
+            written = [part.slice.size for part in thunk.arguments if part.written and part.slice]
+            assert max(written, default=0) < largest, thunk
