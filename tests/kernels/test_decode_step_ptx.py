@@ -23,12 +23,13 @@ pytestmark = pytest.mark.skipif(not compiler_installed(), reason='needs pip inst
 
 LLAMA = ModelConfig(
     model_type="llama", vocab_size=256, embed_dim=256, mlp_dim=192, num_layers=2, num_heads=4, num_kv_heads=2,
-    head_dim=64, max_position=64,
+    head_dim=64, max_position=192,
 )  # fmt: skip
 # of the second layer's attention some rows leave the range
 RANGES = UnifiedMax(value=0.0, lowest=-20.0, highest=20.0), UnifiedMax(value=0.0, lowest=-20.0, highest=1.5)
 EXECUTED = {
     "one row": (LLAMA, 1, "float16", "a100-80g-sxm"),
+    "three rows 86": (LLAMA, 3, "float16", "rtx-3090"),
     "ragged": (dataclasses.replace(LLAMA, unified_max=RANGES), 3, "float16", "a100-80g-sxm"),
     "ragged 86": (dataclasses.replace(LLAMA, unified_max=RANGES), 3, "bfloat16", "rtx-3090"),
     "biases and norms 89": (
@@ -44,6 +45,7 @@ LLAMA2_7B = ModelConfig(
     unified_max=(UnifiedMax(value=-16.8, lowest=-16.8, highest=6.5),) * 32,
 )  # fmt: skip
 LOOPS = {f"{card} batch={batch}": (card, batch) for card in ("a100-80g-sxm", "rtx-3090") for batch in (1, 8)}
+BLOCK_KV = 64
 TOLERANCE = {"float16": 0.01, "bfloat16": 0.06}  # of logits around 1
 
 
@@ -80,6 +82,32 @@ def test_executed_step(name):
         again = np.asarray(expected[-1])
         assert again.any() == bool(config.unified_max)
         np.testing.assert_allclose(chain.outputs[-1], again, atol=1)  # a score beside the end may round to either side
+
+
+@pytest.mark.parametrize("name", ["one row", "three rows 86"])
+def test_each_byte_of_weights_and_cache_is_asked_for_once(name):
+    config, batch, dtype, card = EXECUTED[name]
+    program = compile_program(one_step, config, batch, config.max_position, dtype, target=card)
+    params, cache = init_params(config, jax.random.key(0), dtype), filled_cache(config, batch, dtype)
+    arguments = cache, params, jnp.zeros(batch, jnp.int32)
+    sparse = [kernel.name for kernel in program.kernels.values() if kernel.kind == "mosaic"]
+    inputs = [np.asarray(leaf) for leaf in jax.tree.leaves(arguments)]
+    requests = Chain(program, inputs, sparse=sparse, count_requests=True).requests
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(arguments)]
+    checked = {"weight": 0, "cache": 0}
+    for index, (path, array) in enumerate(zip(paths, inputs, strict=True)):
+        if array.ndim == 2 and "embed" not in path:
+            checked["weight"] += 1
+            assert (requests[index] == 1).all(), path
+        if array.ndim == 4:
+            checked["cache"] += 1
+            counts = requests[index].reshape(*array.shape[:3], -1)
+            for row, length in enumerate(np.asarray(cache.lengths) + 1):
+                assert (counts[row, :, :length] == 1).all(), path
+                assert (counts[row, :, length:] <= 1).all(), path  # the rest of the last block
+                block = BLOCK_KV * -(-length // BLOCK_KV)
+                assert not counts[row, :, block:].any(), path
+    assert checked == {"weight": 4 * config.num_layers + 1, "cache": 2 * config.num_layers}
 
 
 @functools.cache

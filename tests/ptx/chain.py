@@ -25,9 +25,11 @@ class Chain:
       inputs: one array for each leaf of the program's arguments.
       seed: order in which blocks are interleaved; see `Launch`.
       sparse: names of kernels that may leave parts of what they write untouched.
+      count_requests: counts reads, for `requests`; takes time.
 
     Attributes:
       outputs: the program's results.
+      requests: per input how often each of its bytes was asked for, [nbytes], if `count_requests`.
       launched: the names of the kernels launched, in order.
 
     Raises:
@@ -42,6 +44,7 @@ class Chain:
         *,
         seed: int | None = None,
         sparse: Collection[str] = (),
+        count_requests: bool = False,
     ) -> None:
         self.program, self.seed, self.sparse = program, seed, sparse
         self.device = DeviceMemory([allocation.size for allocation in program.allocations])
@@ -51,7 +54,13 @@ class Chain:
             self.device.write(allocation, np.frombuffer(data, np.uint8))
         for endpoint in program.parameters:
             self._fill(endpoint.slice, np.ascontiguousarray(inputs[endpoint.index]))
+        if count_requests:
+            self.device.memory.count_requests()
         self._run(program.thunks)
+        self.requests: dict[int, np.ndarray] = {}
+        if self.device.memory.requests is not None:
+            for endpoint in program.parameters:
+                self.requests[endpoint.index] = self.device.memory.requests[self._span(endpoint.slice)]
         self.outputs = [self._read(endpoint.slice) for endpoint in sorted(program.outputs, key=lambda e: e.index)]
 
     def _fill(self, where: Slice, array: np.ndarray) -> None:

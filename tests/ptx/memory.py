@@ -27,6 +27,7 @@ class Memory:
         self.exists = np.zeros(size, bool)
         self.written = np.zeros(size, bool)
         self.changes = 0
+        self.requests: np.ndarray | None = None  # per byte, how often a warp has asked for it; None: not counted
         self.forget_accesses()
 
     def forget_accesses(self) -> None:
@@ -46,6 +47,10 @@ class Memory:
         self.data = np.concatenate([self.data, np.zeros(more, np.uint8)])
         self.exists, self.written = (np.concatenate([x, np.zeros(more, bool)]) for x in (self.exists, self.written))
         self.size += more
+
+    def count_requests(self) -> None:
+        """From now on counts how often each byte is read."""
+        self.requests = np.zeros(self.size, np.int32)
 
     def allocate(self, address: int, size: int, data: bytes | np.ndarray | None = None) -> None:
         at = address - self.base
@@ -90,6 +95,9 @@ class Memory:
             raise Fault("uninitialised", f"read of bytes never written, {self.describe(bad)}")
         self.check_written(row, width, agents, clocks, strong, None)
         self.note_read(row, width, agents, clocks, strong)
+        if self.requests is not None:  # lanes of a warp that read one place ask once
+            asked = np.unique(np.stack([row, agents]), axis=1)[0]
+            np.add.at(self.requests.reshape(-1, width), asked, 1)
         return self.data.reshape(-1, width)[row]
 
     def store(
