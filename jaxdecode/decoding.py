@@ -98,11 +98,12 @@ class Run:
         sampler: Sampler,
         max_new_tokens: int,
         eos_token_ids: Sequence[int],
+        implementation: str | None = None,
     ):
         self.timing = Timing()
         self._rows = len(prompts)
         self._buckets = Buckets.of_prompts(prompts, max_new_tokens, config.max_position)
-        self._params, self._config = params, config
+        self._params, self._config, self._implementation = params, config, implementation
         self._sampler = _pad_sampler(sampler, self._rows, self._buckets.batch)
         self._prompts = self._buckets.pad(prompts)
         self._eos = np.asarray(eos_token_ids, np.int32)
@@ -153,11 +154,13 @@ class Run:
             max_len=self._buckets.prompt + self._buckets.new_tokens,
             token_limits=limits,
             eos_token_ids=self._eos,
+            implementation=self._implementation,
         )
 
     def _decode(self, state: DecodeState, chunk: int) -> DecodeState:
         until = np.int32(self._step + chunk)
-        return generation.jit_decode(self._params, self._config, state, until, sampler=self._sampler)
+        how = {"sampler": self._sampler, "implementation": self._implementation}
+        return generation.jit_decode(self._params, self._config, state, until, **how)
 
     def _compile(self) -> None:
         """Makes both programs ready by running them on no tokens: what that takes is compile time alone."""
@@ -165,7 +168,7 @@ class Run:
         self._step = 0
         arguments = (self._params, self._sampler, self._eos)
         shapes = tuple((np.shape(leaf), leaf.dtype) for leaf in map(jnp.asarray, jax.tree.leaves(arguments)))
-        key = (self._config, self._buckets, jax.tree.structure(arguments), shapes)
+        key = (self._config, self._implementation, self._buckets, jax.tree.structure(arguments), shapes)
         if key in _ready:
             return
         state = self._prefill(self._prompts[0], np.zeros_like(self._prompts[1]), np.zeros_like(self._limits))

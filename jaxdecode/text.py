@@ -85,12 +85,14 @@ class TextStream(Iterator[str]):
 class LanguageModel:
     """Parameters, their configuration and a transformers tokenizer (None: token ids only).
 
-    The parameters may be replaced by others of the same shapes; nothing is compiled again.
+    The parameters may be replaced by others of the same shapes; nothing is compiled again. `implementation` forces one
+    for all operations, see `jaxdecode.generate`.
     """
 
     params: Any
     config: ModelConfig
     tokenizer: Any = None
+    implementation: str | None = None
 
     def generate(
         self,
@@ -173,7 +175,10 @@ class LanguageModel:
         for first in range(0, len(encoded), _MAX_BATCH):
             part = encoded[first : first + _MAX_BATCH]
             tokens, lengths = Buckets.of_texts(part, self.config.max_position).pad(part)
-            logprobs = np.asarray(generation.jit_score(self.params, self.config, tokens, lengths))
+            logprobs = generation.jit_score(
+                self.params, self.config, tokens, lengths, implementation=self.implementation
+            )
+            logprobs = np.asarray(logprobs)
             for row, values in zip(part, logprobs, strict=False):  # the bucket may have more rows
                 scores.append(Score(tokens=row, logprobs=[float(x) for x in values[: len(row) - 1]]))
         return scores
@@ -230,12 +235,13 @@ class LanguageModel:
         return self.tokenizer
 
 
-def load(path: str | Path, *, dtype: Any = None) -> LanguageModel:
+def load(path: str | Path, *, dtype: Any = None, implementation: str | None = None) -> LanguageModel:
     """Loads a checkpoint that `jaxdecode convert` wrote, and turns on the compilation cache.
 
     Args:
       path: the checkpoint's folder.
       dtype: of the parameters in memory; None as stored.
+      implementation: forces one for all operations, see `jaxdecode.generate`.
 
     Raises:
       FileNotFoundError: nothing is there.
@@ -245,7 +251,7 @@ def load(path: str | Path, *, dtype: Any = None) -> LanguageModel:
     _check_checkpoint(path)
     enable_cache()
     params, config = load_params(path, dtype=dtype)
-    return LanguageModel(params, config, tokenizer.load_tokenizer(path / "tokenizer"))
+    return LanguageModel(params, config, tokenizer.load_tokenizer(path / "tokenizer"), implementation)
 
 
 def _check_checkpoint(path: Path) -> None:
@@ -291,6 +297,7 @@ class _Batch:
             sampler=sampler,
             max_new_tokens=max_new_tokens,
             eos_token_ids=model.eos_token_ids(),
+            implementation=model.implementation,
         )
 
     def advance(self, chunk: int) -> Iterator[list[str]]:

@@ -32,10 +32,11 @@ def chat(
     frequency_penalty: options.FrequencyPenalty = None,
     logit_bias: options.LogitBias = None,
     seed: options.Seed = 0,
+    implementation: options.Implementation = None,
     stop: options.Stop = None,
 ) -> None:
     """Talk to a model that has a chat template."""
-    language_model = options.open_model(model)
+    language_model = options.open_model(model, implementation)
     sampler = options.build_sampler(
         language_model.config,
         temperature,

@@ -32,6 +32,7 @@ def generate(
     frequency_penalty: options.FrequencyPenalty = None,
     logit_bias: options.LogitBias = None,
     seed: options.Seed = 0,
+    implementation: options.Implementation = None,
     stop: options.Stop = None,
     num_samples: Annotated[int, typer.Option(help="Completions for each prompt.")] = 1,
     chat: Annotated[
@@ -41,7 +42,7 @@ def generate(
 ) -> None:
     """Continue a prompt, or a file of prompts as one batch."""
     prompts = _read_prompts(prompt, prompts_file)
-    language_model = options.open_model(model)
+    language_model = options.open_model(model, implementation)
     sampler = options.build_sampler(
         language_model.config,
         temperature,

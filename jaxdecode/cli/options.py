@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from jaxdecode.text import LanguageModel
 
 Model = Annotated[Path, typer.Argument(help="Checkpoint folder that `jaxdecode convert` wrote.")]
+Implementation = Annotated[
+    str | None, typer.Option(help="Force reference, xla or mosaic_gpu; see `jaxdecode env` for what runs.")
+]
 MaxNewTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
 Seed = Annotated[int, typer.Option(help="Seed of the random draws.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")]
@@ -73,14 +76,14 @@ def messages() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def open_model(path: Path) -> LanguageModel:
+def open_model(path: Path, implementation: str | None = None) -> LanguageModel:
     """Loads a model, saying what is waited for, and once if it will run on the CPU."""
     from jaxdecode.devices import describe_backend
     from jaxdecode.text import load
 
     console = messages()
     with console.status(f"Loading {path} …"):
-        model = load(path)
+        model = load(path, implementation=implementation)
         backend = describe_backend()
     if backend.platform == "cpu":
         console.print(f"[dim]{backend.reason}[/dim]")

@@ -19,6 +19,7 @@ def score(
     model: options.Model,
     text: Annotated[str | None, typer.Option(help="The text; - reads standard input.")] = None,
     file: Annotated[Path | None, typer.Option(help="A file of texts, one a line.")] = None,
+    implementation: options.Implementation = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a text.")] = False,
 ) -> None:
     """Print log-probability and perplexity of texts (natural logarithms; the first token is given)."""
@@ -30,7 +31,7 @@ def score(
         texts = [sys.stdin.read() if text == "-" else str(text)]
     if not texts:
         raise ValueError(f"{file} holds no texts; it should have one a line")
-    language_model = options.open_model(model)
+    language_model = options.open_model(model, implementation)
     with options.messages().status(f"Scoring {len(texts)} texts …"):
         scores = language_model.score(texts)
     if as_json:
