@@ -97,7 +97,7 @@ def product(model: str, name: str, batch: int, max_len: int) -> Program:
     n, k = shape.products()[name]
     m = -(-batch // 8) * 8
     arrays: dict[str, Any] = {"x": _of(m, k), "weight": _of(n, k)}
-    if shape.biases == "all" and name != "logits" or (shape.biases == "qkv" and name == "qkv"):
+    if (shape.biases == "all" and name != "logits") or (shape.biases == "qkv" and name == "qkv"):
         arrays["bias"] = _of(n)
     if name in ("qkv", "up", "logits"):
         centered = not shape.gated
@@ -116,8 +116,9 @@ def product(model: str, name: str, batch: int, max_len: int) -> Program:
     if name == "logits":
         options["out_dtype"] = jnp.float32
 
-    def function(counters: jax.Array, arrays: dict[str, Any]) -> jax.Array:
-        return run(**arrays, counters=jax.new_ref(counters), **options)
+    def function(counters: jax.Array, arrays: dict[str, Any]) -> Any:
+        ref = jax.new_ref(counters)
+        return run(**arrays, counters=ref, **options), jax.freeze(ref)
 
     return Program(function=function, args=(counters, arrays), jit_options={"donate_argnums": 0})
 
@@ -129,7 +130,8 @@ def _qkv(shape: ModelShape, arrays: dict[str, Any], counters: Any, batch: int, m
     cache = _of(batch, shape.num_kv_heads, max_len, shape.head_dim)
 
     def function(keys: jax.Array, values: jax.Array, counters: jax.Array, arrays: dict[str, Any]) -> Any:
-        return qkv_linear(**arrays, keys=keys, values=values, counters=jax.new_ref(counters))
+        ref = jax.new_ref(counters)
+        return qkv_linear(**arrays, keys=keys, values=values, counters=ref), jax.freeze(ref)
 
     args = cache, cache, counters, arrays
     return Program(function=function, args=args, jit_options={"donate_argnums": (0, 1, 2)})
@@ -147,14 +149,16 @@ def attention(model: str, batch: int, max_len: int, q_len: int | None = None) ->
         positions = jax.ShapeDtypeStruct((batch, q_len), jnp.int32)
 
         def chunk(query: Any, keys: Any, values: Any, positions: Any) -> Any:
-            return prefill_attention(query, keys, values, positions, **options)
+            return prefill_attention(query, keys, values, positions, **options)[: 2 if shape.softmax else 1]
 
         return Program(function=chunk, args=(_of(batch, q_len, *heads), cache, cache, positions))
     counters = jax.ShapeDtypeStruct((batch * shape.num_kv_heads,), jnp.int32)
     lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
 
     def function(counters: Any, *arrays: Any) -> Any:
-        return decode_attention(*arrays, counters=jax.new_ref(counters), **options)
+        ref = jax.new_ref(counters)
+        out = decode_attention(*arrays, counters=ref, **options)
+        return out[: 2 if shape.softmax else 1], jax.freeze(ref)
 
     args = counters, _of(-(-batch // 8) * 8, *heads), cache, cache, lengths
     return Program(function=function, args=args, jit_options={"donate_argnums": 0})
