@@ -8,10 +8,13 @@ import pytest
 
 from pallas_kernels.dataflow import choose_implementation
 from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.flat_gemm import gated_linear, linear
+from pallas_kernels.flat_gemm import gated_linear, linear, qkv_linear
+from pallas_kernels.fold import fold_batch
 from pallas_kernels.heads import append_token
+from pallas_kernels.norm import Norm
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.targets import find_target
+from pallas_kernels.weights import QuantizedWeight
 
 A100 = find_target("a100-80g-sxm")
 IMPLEMENTATIONS = ["reference", "xla"]
@@ -154,11 +157,109 @@ def test_a_mapped_axis_of_attention_becomes_more_rows(implementation):
             lambda: decode_attention(jnp.ones((2, 4, 8)), *[jnp.ones((2, 2, 4, 8))] * 2, jnp.ones(3, int), scale=1),
             "lengths must be",
         ),
+        (lambda: linear(jnp.ones((2, 3)), jnp.ones((4, 3)), activation="swish"), "one of silu, gelu, .*; got 'swish'"),
+        (
+            lambda: qkv_linear(
+                jnp.ones((1, 3)), jnp.ones((24, 3)), rope=None, lengths=jnp.ones(2, int),
+                keys=jnp.ones((2, 1, 4, 8)), values=jnp.ones((2, 1, 4, 8)),
+            ),
+            r"needs x\[m ≥ 2, k\]",
+        ),
+        (
+            lambda: decode_attention(
+                jnp.ones((2, 4, 8)), *[jnp.ones((2, 2, 4, 8))] * 2, jnp.ones(2, int), scale=1, unified_max=0.0
+            ),
+            "needs the safe_range",
+        ),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(as_users_call_it, call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("centered", [False, True], ids=["rms", "layer"])
+def test_a_norm_before_a_product(implementation, centered):
+    x, weight = 3 + normal(0, 2, 3, 64), normal(1, 24, 64)
+    norm = Norm(weight=normal(2, 64), bias=normal(3, 64) if centered else None, eps=1e-5, centered=centered)
+    wide = np.asarray(x, np.float64)
+    wide = wide - wide.mean(-1, keepdims=True) if centered else wide
+    wide = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5) * norm.weight + (norm.bias if centered else 0)
+    y = linear(x, weight, norm=norm, activation="relu", implementation=implementation)
+    np.testing.assert_allclose(y, np.maximum(wide @ np.asarray(weight, np.float64).T, 0), atol=2e-4)
+    gated = gated_linear(x, weight, norm=norm, activation="relu", implementation=implementation)
+    gate, up = np.split(wide @ np.asarray(weight, np.float64).T, 2, axis=-1)
+    np.testing.assert_allclose(gated, np.maximum(gate, 0) * up, atol=2e-3)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rotary_dim", [0, 8, 16])
+def test_qkv_linear_rotates_and_stores_one_token_a_row(implementation, rotary_dim):
+    x, weight, bias = normal(0, 5, 32), normal(1, 6 * 16, 32), normal(2, 6 * 16)  # 2 query, 2 key, 2 value heads
+    caches, lengths = (normal(3, 3, 2, 7, 16), normal(4, 3, 2, 7, 16)), jnp.asarray([0, 6, 3])
+    angles = normal(5, 5, rotary_dim // 2)
+    rope, norm = (jnp.cos(angles), jnp.sin(angles)) if rotary_dim else None, Norm(weight=normal(6, 16))
+    query, keys, values = qkv_linear(
+        x, weight, bias, rope=rope, keys=caches[0], values=caches[1], lengths=lengths, q_norm=norm, k_norm=norm,
+        implementation=implementation,
+    )  # fmt: skip
+    heads = np.asarray(x @ weight.T + bias, np.float64).reshape(5, 6, 16)
+    turned = heads[:, :4] / np.sqrt((heads[:, :4] ** 2).mean(-1, keepdims=True) + 1e-6) * norm.weight
+    half, turn = rotary_dim // 2, np.exp(1j * np.asarray(angles, np.float64))[:, None]
+    pairs = (turned[..., :half] + 1j * turned[..., half : 2 * half]) * turn
+    turned = np.concatenate([pairs.real, pairs.imag, turned[..., 2 * half :]], axis=-1)
+    np.testing.assert_allclose(query, turned[:, :2], atol=1e-4)
+    for before, after, new in zip(caches, (keys, values), (turned[:, 2:4], heads[:, 4:]), strict=True):
+        expected = np.array(before)
+        for row, length in enumerate(lengths):
+            expected[row, :, length] = new[row]
+        np.testing.assert_allclose(after, expected, atol=1e-4)
+
+
+def test_a_quantised_weight_is_its_values_times_their_scales():
+    values = jax.random.randint(jax.random.key(0), (24, 64), -127, 128, jnp.int8)
+    weight = QuantizedWeight(values, jnp.abs(normal(1, 24, 4)) + 0.1)
+    x = normal(2, 3, 64)
+    whole = np.asarray(values, np.float64) * np.repeat(weight.scales, 16, axis=1)
+    for implementation in (None, *IMPLEMENTATIONS):
+        y = linear(x, weight, implementation=implementation)
+        np.testing.assert_allclose(y, np.asarray(x, np.float64) @ whole.T, rtol=1e-4, atol=1e-2)
+    with pytest.raises(NotImplementedError, match="flat_gemm takes no int8 weights: use dense"):
+        linear(x.astype(jnp.float16), weight, implementation="flat_gemm")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_soft_cap_bounds_the_scores(implementation):
+    query, keys, values = 9 * normal(0, 2, 4, 16), normal(1, 2, 2, 20, 16), normal(2, 2, 2, 20, 16)
+    lengths = jnp.asarray([20, 7])
+    options = {"scale": 0.25, "implementation": implementation}
+    out, _ = decode_attention(query, keys, values, lengths, soft_cap=1.5, **options)
+    for row, length in enumerate(lengths):
+        for head in range(4):
+            scores = np.asarray(keys[row, head // 2, :length] @ query[row, head], np.float64)
+            weights = np.exp(1.5 * np.tanh(0.25 * scores / 1.5))
+            weights /= weights.sum()
+            np.testing.assert_allclose(out[row, head], weights @ values[row, head // 2, :length], atol=1e-5)
+
+
+def test_the_definition_counts_rows_outside_the_range():
+    keys = jnp.zeros((2, 1, 8, 16)).at[0, 0, 3, 0].set(10.0).at[1, 0, 6, 0].set(10.0)  # the second past its length
+    query, values = jnp.zeros((2, 3, 16)).at[:, :2, 0].set(4.0), normal(0, 2, 1, 8, 16)
+    options = {"scale": 1.0, "unified_max": 0.0, "implementation": "reference"}
+    lengths = jnp.asarray([5, 5])
+    _, recomputed = decode_attention(query, keys, values, lengths, safe_range=(-30.0, 30.0), **options)
+    assert recomputed.tolist() == [[2], [0]]
+    _, recomputed = decode_attention(query, keys, values, lengths, safe_range=(-30.0, 50.0), **options)
+    assert not recomputed.any()
+
+
+def test_mapped_weights_run_one_after_the_other():
+    """What a kernel's rule for `vmap` does, on an operation that has none of its own."""
+    run = fold_batch(lambda x, w: x @ w.T, rows=1)
+    x, weights = normal(0, 3, 2, 8), normal(1, 3, 4, 8)
+    np.testing.assert_allclose(jax.vmap(run)(x, weights), jnp.einsum("gmk,gnk->gmn", x, weights), atol=1e-5)
+    np.testing.assert_allclose(jax.vmap(run, (0, None))(x, weights[0]), x @ weights[0].T, atol=1e-5)
 
 
 def test_unknown_implementation_names_those_that_exist():
