@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,14 @@ class Norm:
     """RMSNorm, or LayerNorm if it is centered, over the last axis.
 
     Attributes:
-      weight: [k] gain.
+      weight: [k] gain; like the bias an array, or what stands for one in a transformed tree.
       bias: [k], None for none.
       eps: added to the mean of squares.
       centered: whether the mean is taken off first, as LayerNorm does.
     """
 
-    weight: Array
-    bias: Array | None = None
+    weight: Any
+    bias: Any = None
     eps: float = dataclasses.field(default=1e-6, metadata={"static": True})
     centered: bool = dataclasses.field(default=False, metadata={"static": True})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,12 @@ class QuantizedWeight:
     """A weight [n, k] as values [n, k] times a scale for each group of k / num_groups neighbours in a row.
 
     Attributes:
-      values: int8 [n, k].
+      values: int8 [n, k]; like the scales an array, or what stands for one in a transformed tree.
       scales: [n, num_groups], of a floating type; num_groups divides k.
     """
 
-    values: Array
-    scales: Array
+    values: Any
+    scales: Any
 
     @property
     def shape(self) -> tuple[int, ...]:
