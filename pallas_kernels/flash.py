@@ -36,7 +36,7 @@ from pallas_kernels.decode_attention.config import column_tile, m_warps
 
 LOG2E = math.log2(math.e)
 LOWEST = -3e38  # stands for "no score yet"; finite, so that a difference of two is no NaN
-_STEP = 16  # slots of one product with the values
+_STEP = 16  # rows of an operand that are in registers at a time: the least that the tensor cores take
 
 Ref = Any
 
@@ -100,11 +100,6 @@ class Flash:
     def weights(self) -> Any:
         return plgpu.Layout.MMA_RHS(self.dtype, m_warps=m_warps(self.head_dim))
 
-    @property
-    def out_tile(self) -> int:
-        """Columns that one tile of the output's layout holds."""
-        return column_tile(self.head_dim)
-
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
@@ -114,6 +109,7 @@ class Shared:
       k_ring, v_ring: [num_stages, block_kv, head_dim].
       weights: [block_kv, columns].
       exchange: [columns] float32, one number a column on its way to the threads of the other product.
+      wanted: [columns] float32, not 0 for the columns to be written.
       queries: [columns, head_dim] if they wait here.
       landed: num_stages barriers, TMA only.
     """
@@ -122,6 +118,7 @@ class Shared:
     v_ring: Ref
     weights: Ref
     exchange: Ref
+    wanted: Ref
     queries: Any
     landed: Any
 
@@ -130,14 +127,16 @@ class Shared:
 class Span:
     """Slots start … stop of a sequence in the blocks first … last, scalars on the device; no query sees another slot.
 
-    `seen` (start, stop) of each query where they differ: vectors [columns] in the layout of the scores.
+    Where its queries differ, `positions` [columns] in shared memory are theirs: each sees the slots up to its own, the
+    last `window` of them.
     """
 
     start: Array
     stop: Array
     first: Array
     last: Array
-    seen: tuple[Array | None, Array] | None = None
+    positions: Any = None
+    window: int | None = None
 
 
 def _tile(width: int) -> int:
@@ -153,9 +152,9 @@ def along(vector: Array, shape: tuple[int, ...]) -> Array:
     return lax.broadcast_in_dim(vector, shape, (1,))
 
 
-def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory in tiles that the tensor cores' loads read without bank conflicts."""
-    tile = _tile(shape[-1])
+def _swizzled(shape: tuple[int, ...], dtype: Any, most: int = 64) -> Any:
+    """Shared memory in tiles, at most so wide, that the tensor cores' loads read without bank conflicts."""
+    tile = min(_tile(shape[-1]), most)
     if tile == 8:
         return plgpu.SMEM(shape, dtype)
     tiling = plgpu.TilingTransform((8, tile))  # pyright: ignore[reportAbstractUsage]
@@ -164,21 +163,21 @@ def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
 
 def shared_types(flash: Flash) -> list[Any]:
     """The scratch that `take_shared` turns into `Shared`."""
-    ring = swizzled((flash.num_stages, flash.block_kv, flash.head_dim), flash.dtype)
-    types: list[Any] = [ring, ring, plgpu.SMEM((flash.block_kv, flash.columns), flash.weights_dtype)]
-    types.append(plgpu.SMEM((flash.columns,), jnp.float32))
+    ring = _swizzled((flash.num_stages, flash.block_kv, flash.head_dim), flash.dtype)
+    types: list[Any] = [ring, ring, _swizzled((flash.block_kv, flash.columns), flash.weights_dtype)]
+    types.append(plgpu.SMEM((2, flash.columns), jnp.float32))
     if flash.queries_wait:
-        types.append(plgpu.SMEM((flash.columns, flash.head_dim), flash.dtype))
+        types.append(_swizzled((flash.columns, flash.head_dim), flash.dtype, _STEP))
     if flash.tma:
         types.append(plgpu.Barrier(num_arrivals=2, num_barriers=flash.num_stages))
     return types
 
 
 def take_shared(flash: Flash, refs: Sequence[Ref]) -> Shared:
-    k_ring, v_ring, weights, exchange, *others = refs
+    k_ring, v_ring, weights, vectors, *others = refs
     queries = others.pop(0) if flash.queries_wait else None
     landed = others.pop(0) if flash.tma else None
-    return Shared(k_ring=k_ring, v_ring=v_ring, weights=weights, exchange=exchange, queries=queries, landed=landed)
+    return Shared(k_ring, v_ring, weights, vectors.at[0], vectors.at[1], queries, landed)
 
 
 @plgpu.inline_mgpu()
@@ -227,14 +226,21 @@ def _release(flash: Flash) -> None:
         plgpu.commit_smem()  # the copy engine writes by another path, which a barrier alone does not order
 
 
+def pieces_of(queries: Ref, head_dim: int) -> list[Ref]:
+    """Queries [columns, head_dim] that wait in shared memory, transposed, in pieces that few registers hold."""
+    return [queries.at[:, pl.ds(at, _STEP)].T for at in range(0, head_dim, _STEP)]
+
+
 def _block_scores(flash: Flash, queries: Sequence[Array | Ref], keys: Ref) -> Array:
     """keys [block_kv, head_dim] -> scores [block_kv, columns], times log2(e)."""
-    scores = fill((flash.block_kv, flash.columns), 0.0, flash.scores)
-    for i, right in enumerate(queries):
+    scores, tile, at = fill((flash.block_kv, flash.columns), 0.0, flash.scores), flash.tile, 0
+    for right in queries:
+        if at % tile == 0:
+            left = plgpu.load(keys.at[:, pl.ds(at, tile)], layout=flash.keys)
         if not isinstance(right, Array):
-            right = plgpu.load(right, layout=flash.queries, optimized=False)
-        left = plgpu.load(keys.at[:, pl.ds(i * flash.tile, flash.tile)], layout=flash.keys)
-        scores = plgpu.mma(scores, left, right)
+            right = plgpu.load(right, layout=flash.queries)
+        scores = plgpu.mma(scores, left[:, at % tile : at % tile + right.shape[0]], right)
+        at += right.shape[0]
     if flash.soft_cap is None:
         return scores * (flash.scale * LOG2E)
     # tanh by way of exp2: the hardware's tanh is good to three digits only
@@ -248,11 +254,11 @@ def _visible(flash: Flash, span: Span, block: Array) -> tuple[Array, Array, Arra
     low, high = jnp.maximum(span.start, block * flash.block_kv) - first, span.stop - first
     row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=flash.scores)
     visible = (row >= low) & (row < high)
-    if span.seen is not None:
-        start, stop = span.seen
-        visible &= row < along(stop - first, shape)
-        if start is not None:
-            visible &= row >= along(start - first, shape)
+    if span.positions is not None:
+        newest = along(plgpu.load(span.positions, layout=flash.scores.reduce(0), optimized=False) - first, shape)
+        visible &= row <= newest
+        if span.window is not None:
+            visible &= row > newest - span.window
     return visible, low, high
 
 
@@ -285,88 +291,95 @@ def to_out(flash: Flash, shared: Shared, vector: Array) -> Array:
 
 def attend(
     flash: Flash, queries: Sequence[Array | Ref], cache: Sequence[Ref], shared: Shared, span: Span
-) -> tuple[Array, Array, Array]:
-    """Attention over a span: outᵀ [head_dim, columns] before division, sums [columns], largest score [columns].
+) -> tuple[Array, ...]:
+    """Attention over a span: outᵀ [head_dim, columns] before division, sums [columns], and the maximum [columns].
+
+    The last of these only for the online softmax. With a unified maximum a sum is infinite where a score was too large
+    for it: so the largest score needs no registers.
 
     queries: transposed, in pieces [tile, columns].
     """
     ahead, shape = flash.num_stages - 1, (flash.block_kv, flash.columns)
-    unified = flash.unified_max is not None
 
-    def step(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        out, sums, largest = carry
+    def step(block: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        out, sums, *largest = carry
         slot = lax.rem(block - span.first, flash.num_stages)
         _await(flash, shared, slot)
         _fetch(flash, shared, cache, block + ahead, span)
         visible, low, high = _visible(flash, span, block)
         scores = jnp.where(visible, _block_scores(flash, queries, shared.k_ring.at[slot]), LOWEST)
-        if unified:
-            largest, maximum = jnp.maximum(largest, scores), (flash.unified_max or 0.0) * LOG2E
-        else:
-            before, largest = largest, jnp.maximum(largest, jnp.max(scores, axis=0))
-            kept, maximum = jnp.exp2(before - largest), along(largest, shape)
+        maximum = (flash.unified_max or 0.0) * LOG2E
+        if largest:
+            before, largest = largest[0], [jnp.maximum(largest[0], jnp.max(scores, axis=0))]
+            kept, maximum = jnp.exp2(before - largest[0]), along(jnp.maximum(largest[0], LOWEST / 4), shape)
             out = out * along(to_out(flash, shared, kept), out.shape)
             sums = sums * along(kept, shape)
-        weights = jnp.where(visible, jnp.exp2(scores - maximum), 0.0).astype(flash.weights_dtype)
+        weights = jnp.exp2(scores - maximum).astype(flash.weights_dtype)  # 0 where the score is LOWEST
         shared.weights[...] = weights  # a barrier before and after comes with it
         out = _add_values(flash, out, shared.v_ring.at[slot], shared.weights, low, high)
-        return out, sums + weights.astype(jnp.float32), largest
+        added = weights.astype(jnp.float32)
+        if not largest:
+            added = jnp.where(scores > flash.safe_end, math.inf, added)
+        return out, sums + added, *largest
 
     for block in range(ahead):
         _fetch(flash, shared, cache, span.first + block, span)
-    out = fill((flash.head_dim, flash.columns), 0.0, flash.out)
-    sums = fill(shape, 0.0, flash.scores)
-    largest = fill(shape, LOWEST, flash.scores) if unified else fill(shape[1:], LOWEST, flash.scores.reduce(0))
-    out, sums, largest = lax.fori_loop(span.first, span.last, step, (out, sums, largest))
-    return out, jnp.sum(sums, axis=0), jnp.max(largest, axis=0) if unified else largest
+    carry = fill((flash.head_dim, flash.columns), 0.0, flash.out), fill(shape, 0.0, flash.scores)
+    if flash.unified_max is None:
+        carry = *carry, fill(shape[1:], LOWEST, flash.scores.reduce(0))
+    out, sums, *largest = lax.fori_loop(span.first, span.last, step, carry)
+    return out, jnp.sum(sums, axis=0), *largest
 
 
 def finish(
     flash: Flash,
-    totals: tuple[Array, Array, Array],
-    real: Array,
-    seen: Array,
+    shared: Shared,
+    out: Array,
+    sums: Array,
+    real_and_seen: Callable[[], tuple[Array, Array]],
     row_of: Callable[[Array], Ref],
     again: Callable[[Flash], tuple[Array, Array]],
 ) -> Array | None:
     """Writes the output, and again with the online softmax where the unified maximum did not do.
 
     Args:
-      totals: outᵀ [head_dim, columns], sums [columns], largest score [columns], in the layout of the output.
-      real: [columns], 1 for the queries to be written and 0 for others.
-      seen: [columns] or a scalar, 1 for queries that see anything; the others get zeros.
+      out, sums: of `attend`, both in the layout of the output.
+      real_and_seen: gives [columns], 1 for the queries to be written and 0 for others, and [columns] or a scalar, 1 for
+        queries that see anything; the others get zeros.
       row_of: a column's row [head_dim] of the output.
-      again: outᵀ and sums of everything once more, in the form it is given.
+      again: out and sums once more, in the form it is given.
 
     Returns:
       How many rows were computed again; None without a unified maximum.
     """
-    out, sums, largest = totals
-    _write(flash, row_of, out, sums + (1.0 - seen), real)  # 0 / 1 where nothing is seen
+    real, seen = real_and_seen()
+    shared.wanted[...] = real
+    _write(flash, shared, row_of, out, sums + (1.0 - seen))  # 0 / 1 where nothing is seen
     if flash.unified_max is None:
         return None
-    sound = (largest <= flash.safe_end) & (sums >= flash.least_sum)  # also false for NaN
+    sound = (sums >= flash.least_sum) & (sums < math.inf)  # also false for NaN
     unsound = jnp.where(sound, 0.0, real) * seen
     count = jnp.sum(unsound)
 
     @pl.when(count > 0)
     def _():
+        shared.wanted[...] = unsound
         _release(flash)  # the ring begins anew
-        _write(flash, row_of, *again(dataclasses.replace(flash, unified_max=None)), unsound)
+        _write(flash, shared, row_of, *again(dataclasses.replace(flash, unified_max=None)))
 
     return count.astype(jnp.int32)
 
 
-def _write(flash: Flash, row_of: Callable[[Array], Ref], out: Array, sums: Array, wanted: Array) -> None:
-    """Writes outᵀ [head_dim, columns] / sums to the rows of the columns where `wanted` is not 0."""
-    tile, vector = flash.out_tile, flash.out.reduce(0)
+def _write(flash: Flash, shared: Shared, row_of: Callable[[Array], Ref], out: Array, sums: Array) -> None:
+    """Writes outᵀ [head_dim, columns] / sums to the rows of the columns that are wanted."""
+    tile = column_tile(flash.head_dim)
     out = out / along(sums, out.shape)
-    index = plgpu.broadcasted_iota(jnp.int32, (tile,), 0, layout=vector)
+    index = plgpu.broadcasted_iota(jnp.int32, (tile,), 0, layout=flash.out.reduce(0))
     for at in range(0, flash.columns, tile):
-        part, mask = out[:, at : at + tile], wanted[at : at + tile]
+        part = out[:, at : at + tile]
 
-        def write_row(i: Array, _: None, at=at, part=part, mask=mask) -> None:
-            @pl.when(jnp.sum(jnp.where(index == i, mask, 0.0)) > 0)
+        def write_row(i: Array, _: None, at=at, part=part) -> None:
+            @pl.when(shared.wanted[at + i] > 0)
             def _():
                 row = jnp.sum(jnp.where(along(index, part.shape) == i, part, 0.0), axis=1)
                 plgpu.store(row_of(at + i), row.astype(flash.dtype), optimized=False)
@@ -388,8 +401,7 @@ def check(query: Array, keys: Array, values: Array) -> None:
         )
     if num_heads // keys.shape[1] > 32:
         raise NotImplementedError(
-            f"at most 32 query heads a KV head; got {num_heads} and {keys.shape[1]}; "
-            'implementation="xla" takes more'
+            f'at most 32 query heads a KV head; got {num_heads} and {keys.shape[1]}; implementation="xla" takes more'
         )
     if keys.shape[2] % 8:
         raise NotImplementedError(f"the cache's max_len is a multiple of 8; got {keys.shape[2]}")

@@ -69,12 +69,11 @@ def _load_queries(plan: _Plan, query: Ref, shared: Shared) -> list[Array | Ref]:
             piece = plgpu.load(query.at[:, part].T, layout=flash_.queries, optimized=False)
         else:
             piece = _gather_columns(plan, query, part)
-        if shared.queries is not None:
-            waiting = shared.queries.at[:, part].T
-            plgpu.store(waiting, piece, optimized=False)
-            piece = waiting
-        pieces.append(piece)
-    return pieces
+        if shared.queries is None:
+            pieces.append(piece)
+        else:
+            plgpu.store(shared.queries.at[:, part].T, piece, optimized=False)
+    return pieces or flash.pieces_of(shared.queries, flash_.head_dim)
 
 
 def _gather_columns(plan: _Plan, query: Ref, part: Any) -> Array:
@@ -92,39 +91,43 @@ def _gather_columns(plan: _Plan, query: Ref, part: Any) -> Array:
     return piece
 
 
-def _combine(plan: Flash, partials: Sequence[Ref], busy: Array) -> tuple[Array, Array, Array]:
-    """Adds up the partial results [split_kv, …] of the first `busy` splits, in their order."""
-    outs, sums, largests = partials
+def _combine(plan: Flash, partials: Sequence[Ref], busy: Array) -> tuple[Array, Array]:
+    """Adds up the partial results [split_kv, …] of the first `busy` splits, in their order: outᵀ and sums."""
+    outs, sums, *maxima = partials
     vector = plan.out.reduce(0)
 
     def load(ref: Ref, layout: Any) -> Array:
         return plgpu.load(ref, layout=layout, optimized=False)
 
+    def higher(i: Array, largest: Array) -> Array:
+        return jnp.maximum(largest, load(maxima[0].at[i], vector))
+
+    if maxima:
+        largest = lax.fori_loop(0, busy, higher, flash.fill((plan.columns,), flash.LOWEST, vector))
+
     def add(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         part, weight = load(outs.at[i], plan.out), load(sums.at[i], vector)
-        if plan.unified_max is None:
-            factor = jnp.exp2(load(largests.at[i], vector) - largest)
+        if maxima:
+            factor = jnp.exp2(load(maxima[0].at[i], vector) - largest)
             part, weight = part * flash.along(factor, part.shape), weight * factor
         return carry[0] + part, carry[1] + weight
 
-    def higher(i: Array, largest: Array) -> Array:
-        return jnp.maximum(largest, load(largests.at[i], vector))
-
-    largest = lax.fori_loop(0, busy, higher, flash.fill((plan.columns,), flash.LOWEST, vector))
     zero = flash.fill((plan.head_dim, plan.columns), 0.0, plan.out), flash.fill((plan.columns,), 0.0, vector)
-    return *lax.fori_loop(0, busy, add, zero), largest
+    return lax.fori_loop(0, busy, add, zero)
 
 
-def _finish(plan: _Plan, call: _Call, shared: Shared, span: Span, totals: tuple[Array, Array, Array]) -> None:
-    """Writes what the whole span came to: outᵀ, sums and largest score, in the layout of the output."""
+def _finish(plan: _Plan, call: _Call, shared: Shared, span: Span, out: Array, sums: Array) -> None:
+    """Writes what the whole span came to, both in the layout of the output."""
 
     def again(online: Flash) -> tuple[Array, Array]:
         out, sums, _ = flash.attend(online, _load_queries(plan, call.query, shared), call.cache, shared, span)
         return out, flash.to_out(online, shared, sums)
 
-    head = plgpu.broadcasted_iota(jnp.int32, (plan.flash.columns,), 0, layout=plan.flash.out.reduce(0))
-    real, seen = jnp.where(head < plan.q_per_kv, 1.0, 0.0), jnp.where(span.last > span.first, 1.0, 0.0)
-    count = flash.finish(plan.flash, totals, real, seen, lambda head: call.out.at[head], again)
+    def real_and_seen() -> tuple[Array, Array]:
+        head = plgpu.broadcasted_iota(jnp.int32, (plan.flash.columns,), 0, layout=plan.flash.out.reduce(0))
+        return jnp.where(head < plan.q_per_kv, 1.0, 0.0), jnp.where(span.last > span.first, 1.0, 0.0)
+
+    count = flash.finish(plan.flash, shared, out, sums, real_and_seen, lambda head: call.out.at[head], again)
     if count is not None:
         call.recomputed[...] = count
 
@@ -177,7 +180,8 @@ def _attend_kernel(plan: _Plan, query: Ref, keys: Ref, values: Ref, lengths: Ref
     counters [at least batch · num_kv_heads]; recomputed [batch, num_kv_heads]; partial results
     [batch, num_kv_heads, split_kv, …].
     """
-    num_results, num_partials = _num_results(plan) if plan.one_kernel else 0, 3 if plan.split_kv > 1 else 0
+    num_results = _num_results(plan) if plan.one_kernel else 0
+    num_partials = _num_partials(plan) if plan.split_kv > 1 else 0
     (counters,), refs = (refs[:1], refs[1:]) if plan.counted else ((None,), refs)
     results, partials = refs[:num_results], refs[num_results : num_results + num_partials]
     told, *scratch = refs[num_results + num_partials :]
@@ -192,12 +196,11 @@ def _attend_kernel(plan: _Plan, query: Ref, keys: Ref, values: Ref, lengths: Ref
     @pl.when(split < busy)
     def _():
         queries = _load_queries(plan, call.query, shared)
-        out, sums, largest = flash.attend(plan.flash, queries, call.cache, shared, share)
+        parts = flash.attend(plan.flash, queries, call.cache, shared, share)
         if not partials:
-            sums, largest = (flash.to_out(plan.flash, shared, vector) for vector in (sums, largest))
-            _finish(plan, call, shared, whole, (out, sums, largest))
+            _finish(plan, call, shared, whole, parts[0], flash.to_out(plan.flash, shared, parts[1]))
             return
-        for ref, part in zip(partials, (out, sums, largest), strict=True):
+        for ref, part in zip(partials, parts, strict=True):
             plgpu.store(ref.at[batch, kv_head, split], part, optimized=False)
         if counters is None:
             return
@@ -207,12 +210,13 @@ def _attend_kernel(plan: _Plan, query: Ref, keys: Ref, values: Ref, lengths: Ref
         def _():
             counter[...] = jnp.int32(0)
             mine = [ref.at[batch, kv_head] for ref in partials]
-            _finish(plan, call, shared, whole, _combine(plan.flash, mine, busy))
+            _finish(plan, call, shared, whole, *_combine(plan.flash, mine, busy))
 
 
 def _combine_kernel(plan: _Plan, query: Ref, keys: Ref, values: Ref, lengths: Ref, *refs: Ref) -> None:
     """What the last to arrive does, as a kernel of its own: grid (batch, num_kv_heads)."""
-    partials, results, (_, *scratch) = refs[:3], refs[3 : 3 + _num_results(plan)], refs[3 + _num_results(plan) :]
+    partials, refs = refs[: _num_partials(plan)], refs[_num_partials(plan) :]
+    results, (_, *scratch) = refs[: _num_results(plan)], refs[_num_results(plan) :]
     shared = flash.take_shared(plan.flash, scratch)
     batch, kv_head = lax.axis_index("batch"), lax.axis_index("kv_head")
     call = _take_head(plan, (query, keys, values, *results), batch, kv_head)
@@ -220,11 +224,15 @@ def _combine_kernel(plan: _Plan, query: Ref, keys: Ref, values: Ref, lengths: Re
     _, busy = _share(plan, whole, jnp.int32(0))
     _clear(plan, results[0], kv_head, batch, plan.batch)
     mine = [ref.at[batch, kv_head] for ref in partials]
-    _finish(plan, call, shared, whole, _combine(plan.flash, mine, busy))
+    _finish(plan, call, shared, whole, *_combine(plan.flash, mine, busy))
 
 
 def _num_results(plan: _Plan) -> int:
     return 1 if plan.flash.unified_max is None else 2  # out, recomputed
+
+
+def _num_partials(plan: _Plan) -> int:
+    return 3 if plan.flash.unified_max is None else 2  # outᵀ, sums, maxima
 
 
 def _kernel(plan: _Plan, body: Any, out_type: Sequence[Any], grid: dict[str, int], interpret: Any) -> Any:
@@ -249,7 +257,7 @@ def _run(plan: _Plan, inputs: Sequence[Array], counters: Ref, interpret: Any) ->
     results = results[: _num_results(plan)]
     partials, split_kv, columns = [], plan.split_kv, plan.flash.columns
     if split_kv > 1:
-        shapes = ((plan.flash.head_dim, columns), (columns,), (columns,))
+        shapes = [(plan.flash.head_dim, columns), (columns,), (columns,)][: _num_partials(plan)]
         partials = [jax.ShapeDtypeStruct((*heads, split_kv, *shape), jnp.float32) for shape in shapes]
     both = [*(results if plan.one_kernel else ()), *partials]
     more = (counters,) if plan.counted else ()

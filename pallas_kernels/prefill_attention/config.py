@@ -20,6 +20,8 @@ class Columns:
     written.
 
     Attributes:
+      q_len: positions of a chunk.
+      q_per_kv: query heads of a KV head.
       block_q: positions of a block.
       run: queries of a run, a multiple of 8.
       heads: whether a run goes along the heads; else along the positions.
@@ -27,6 +29,8 @@ class Columns:
       columns: run · runs, rounded up to whole tiles of both products; the last ones repeat the first.
     """
 
+    q_len: int
+    q_per_kv: int
     block_q: int
     run: int
     heads: bool
@@ -70,7 +74,15 @@ class PrefillAttentionConfig:
         else:
             block_q = run = RUN * min(q_len // RUN, max(1, self.max_columns // (RUN * q_per_kv)))
             runs = q_per_kv
-        return Columns(block_q=block_q, run=run, heads=heads, runs=runs, columns=_round_up(run * runs, tile))
+        return Columns(
+            q_len=q_len,
+            q_per_kv=q_per_kv,
+            block_q=block_q,
+            run=run,
+            heads=heads,
+            runs=runs,
+            columns=_round_up(run * runs, tile),
+        )
 
     def reread_factor(self, q_len: int, q_per_kv: int, head_dim: int) -> int:
         """How many blocks ask for a key or value that all queries of a chunk see: from device memory or a cache."""
@@ -88,10 +100,13 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def choose_config(*, q_per_kv: int, max_len: int, head_dim: int, target: Target) -> PrefillAttentionConfig:
+def choose_config(
+    *, q_per_kv: int, max_len: int, head_dim: int, target: Target, two_parts: bool = False
+) -> PrefillAttentionConfig:
     """The rule, not measured on any card.
 
-    64 columns, 32 for head_dim over 128: as many as the registers hold without spilling. Blocks of 64 slots and the
+    As many columns as the registers hold without spilling: 64, 48 if values are split in two parts (float16 with a
+    unified maximum), 32 for head_dim over 128. Blocks of 64 slots and the
     most stages, up to 4, with which two blocks share a multiprocessor, so that one computes while the other waits; if
     not even two stages do, those that fit one block; then the same with 32 slots.
 
@@ -100,7 +115,7 @@ def choose_config(*, q_per_kv: int, max_len: int, head_dim: int, target: Target)
     """
     if max_len < 32:
         raise NotImplementedError(f"the kernel reads 32 slots at a time: give the cache at least 32; got {max_len=}")
-    max_columns = 64 if head_dim <= 128 else 32
+    max_columns = 32 if head_dim > 128 else 48 if two_parts else 64
     for block_kv in (64, 32):
         if block_kv > max_len:
             continue

@@ -34,17 +34,12 @@ class _Plan:
 
     flash: Flash
     columns: Columns
-    q_len: int
-    q_per_kv: int
     window: int | None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """The queries of one KV head of one sequence: query, out [q_len, num_heads, head_dim], and where a block of them is.
-
-    first_q is the block's first position, first_head the KV head's first query head.
-    """
+    """A block of queries of one KV head: query, out [q_len, num_heads, head_dim], its first position and query head."""
 
     query: Ref
     out: Ref
@@ -52,33 +47,32 @@ class _Chunk:
     first_head: Array
 
 
-def _query_of(plan: _Plan, chunk: _Chunk, column: Any) -> tuple[Any, Any, Any]:
+def query_of(lay: Columns, first_q: Any, column: Any) -> tuple[Any, Any, Any]:
     """Position in the chunk, head, and whether this is the column that is written; a scalar or a vector."""
-    lay = plan.columns
     run, k = lax.div(column, lay.run), lax.rem(column, lay.run)
     real = column < lay.run * lay.runs
     if not lay.heads:
-        q = jnp.minimum(chunk.first_q, plan.q_len - lay.run) + k
-        return q, run, real & (q >= chunk.first_q)
+        q = jnp.minimum(first_q, lay.q_len - lay.run) + k
+        return q, run, real & (q >= first_q)
     per_position = lay.runs // lay.block_q
-    q, first = chunk.first_q + lax.div(run, per_position), lax.rem(run, per_position) * lay.run
-    head = jnp.minimum(first, plan.q_per_kv - lay.run) + k
-    return q, head, real & (q < plan.q_len) & (head >= first)
+    q, first = first_q + lax.div(run, per_position), lax.rem(run, per_position) * lay.run
+    head = jnp.minimum(first, lay.q_per_kv - lay.run) + k
+    return q, head, real & (q < lay.q_len) & (head >= first)
 
 
-def _runs(plan: _Plan, chunk: _Chunk) -> list[tuple[Any, Any, Any]]:
-    """For each run of columns: the columns, and the positions and heads of its queries; repeating the first at the end."""
-    lay, runs = plan.columns, []
+def _runs(lay: Columns, chunk: _Chunk) -> list[tuple[Any, Any, Any]]:
+    """Each run's columns and the positions and heads of its queries; at the end the first ones once more."""
+    runs = []
     for at in range(0, lay.columns, lay.run):
         run, size = at // lay.run % lay.runs, min(lay.run, lay.columns - at)
         if lay.heads:
             position, part = divmod(run, lay.runs // lay.block_q)
-            q = jnp.minimum(chunk.first_q + position, plan.q_len - 1)
-            heads = pl.ds(chunk.first_head + min(part * lay.run, plan.q_per_kv - lay.run), size)
-            runs.append((pl.ds(at, size), q, heads))
+            q = jnp.minimum(chunk.first_q + position, lay.q_len - 1)
+            heads = pl.ds(chunk.first_head + min(part * lay.run, lay.q_per_kv - lay.run), size)
         else:
-            first = jnp.minimum(chunk.first_q, plan.q_len - lay.run)
-            runs.append((pl.ds(at, size), pl.ds(first, size), chunk.first_head + run))
+            q = pl.ds(jnp.minimum(chunk.first_q, lay.q_len - lay.run), size)
+            heads = chunk.first_head + run
+        runs.append((pl.ds(at, size), q, heads))
     return runs
 
 
@@ -86,17 +80,17 @@ def _load_queries(plan: _Plan, chunk: _Chunk, shared: Shared) -> list[Array | Re
     """Brings the queries to shared memory: their transpose in pieces [tile, columns] for the first product."""
     tile, layout = plan.flash.tile, plgpu.Layout.MMA_RHS(plan.flash.dtype, m_warps=4)
     pieces = [pl.ds(at, tile) for at in range(0, plan.flash.head_dim, tile)]
-    for columns, q, heads in _runs(plan, chunk):
+    for columns, q, heads in _runs(plan.columns, chunk):
         for part in pieces:
             piece = plgpu.load(chunk.query.at[q, heads, part].T, layout=layout, optimized=False)
             plgpu.store(shared.queries.at[columns, part].T, piece, optimized=False)
-    return [shared.queries.at[:, part].T for part in pieces]
+    return flash.pieces_of(shared.queries, plan.flash.head_dim)
 
 
 def _load_positions(plan: _Plan, chunk: _Chunk, positions: Ref, told: Ref) -> None:
     """Brings the position of each column to `told` [columns]; positions [q_len]."""
     layout = plgpu.Layout.MMA_RHS(plan.flash.dtype, m_warps=4).reduce(0)  # one number a thread: no aligned pairs
-    for columns, q, _ in _runs(plan, chunk):
+    for columns, q, _ in _runs(plan.columns, chunk):
         if plan.columns.heads:
             position = plgpu.layout_cast(lax.broadcast(positions[q], (columns.size,)), layout)
         else:
@@ -106,15 +100,13 @@ def _load_positions(plan: _Plan, chunk: _Chunk, positions: Ref, told: Ref) -> No
 
 def _span(plan: _Plan, told: Ref) -> Span:
     """What the block's queries see."""
-    stop = plgpu.load(told, layout=plan.flash.scores.reduce(0), optimized=False) + 1
-    last_slot = jnp.clip(jnp.max(stop), 0, plan.flash.max_len)
-    start, first_slot = None, jnp.int32(0)
+    newest = plgpu.load(told, layout=plan.flash.scores.reduce(0), optimized=False)
+    stop, start = jnp.clip(jnp.max(newest) + 1, 0, plan.flash.max_len), jnp.int32(0)
     if plan.window is not None:
-        start = stop - plan.window
-        first_slot = jnp.clip(jnp.min(jnp.where(stop > 0, start, _FAR)), 0, last_slot)
+        start = jnp.clip(jnp.min(jnp.where(newest >= 0, newest, _FAR)) - (plan.window - 1), 0, stop)
     block_kv = plan.flash.block_kv
-    first, last = lax.div(first_slot, block_kv), lax.div(last_slot + block_kv - 1, block_kv)
-    return Span(start=first_slot, stop=last_slot, first=first, last=last, seen=(start, stop))
+    first, last = lax.div(start, block_kv), lax.div(stop + block_kv - 1, block_kv)
+    return Span(start=start, stop=stop, first=first, last=last, positions=told, window=plan.window)
 
 
 def _attend_kernel(plan: _Plan, query: Ref, keys: Ref, values: Ref, positions: Ref, out: Ref, *refs: Ref) -> None:
@@ -123,38 +115,39 @@ def _attend_kernel(plan: _Plan, query: Ref, keys: Ref, values: Ref, positions: R
     query, out [batch, q_len, num_heads, head_dim]; keys, values [batch, num_kv_heads, max_len, head_dim];
     positions [batch, q_len]; recomputed [batch, num_kv_heads, blocks].
     """
-    (recomputed,), refs = ((None,), refs) if plan.flash.unified_max is None else (refs[:1], refs[1:])
-    told, *scratch = refs
+    *recomputed, told = refs[: 1 if plan.flash.unified_max is None else 2]
+    scratch = refs[1 + len(recomputed) :]
     shared = flash.take_shared(plan.flash, scratch)
     batch, kv_head, block = (lax.axis_index(name) for name in ("batch", "kv_head", "block"))
-    first_q, first_head = block * plan.columns.block_q, kv_head * plan.q_per_kv
+    first_q, first_head = block * plan.columns.block_q, kv_head * plan.columns.q_per_kv
     chunk = _Chunk(query=query.at[batch], out=out.at[batch], first_q=first_q, first_head=first_head)
     cache = keys.at[batch, kv_head], values.at[batch, kv_head]
     _load_positions(plan, chunk, positions.at[batch], told)
     queries, span = _load_queries(plan, chunk, shared), _span(plan, told)
 
-    def attend(form: Flash) -> tuple[Array, Array, Array]:
-        result, sums, largest = flash.attend(form, queries, cache, shared, span)
-        return result, flash.to_out(form, shared, sums), flash.to_out(form, shared, largest)
+    def attend(form: Flash) -> tuple[Array, Array]:
+        result, sums, *_ = flash.attend(form, queries, cache, shared, span)
+        return result, flash.to_out(form, shared, sums)
 
     def row_of(column: Array) -> Ref:
-        q, head, _ = _query_of(plan, chunk, column)
+        q, head, _ = query_of(plan.columns, first_q, column)
         return chunk.out.at[q, first_head + head]
 
-    vector = plan.flash.out.reduce(0)
-    column = plgpu.broadcasted_iota(jnp.int32, (plan.flash.columns,), 0, layout=vector)
-    real = jnp.where(_query_of(plan, chunk, column)[2], 1.0, 0.0)
-    totals = attend(plan.flash)
-    seen = jnp.where(plgpu.load(told, layout=vector, optimized=False) >= 0, 1.0, 0.0)
-    count = flash.finish(plan.flash, totals, real, seen, row_of, lambda online: attend(online)[:2])
+    def real_and_seen() -> tuple[Array, Array]:
+        vector = plan.flash.out.reduce(0)
+        column = plgpu.broadcasted_iota(jnp.int32, (plan.flash.columns,), 0, layout=vector)
+        sees = plgpu.load(told, layout=vector, optimized=False) >= 0
+        return jnp.where(query_of(plan.columns, first_q, column)[2], 1.0, 0.0), jnp.where(sees, 1.0, 0.0)
+
+    count = flash.finish(plan.flash, shared, *attend(plan.flash), real_and_seen, row_of, attend)
     if count is not None:
-        recomputed[batch, kv_head, block] = count
+        recomputed[0][batch, kv_head, block] = count
 
 
 def _run(plan: _Plan, inputs: Sequence[Array], interpret: Any) -> tuple[Array, Array | None]:
     """query, keys, values, positions -> out, and the rows computed again if there is a unified maximum."""
     query, keys = inputs[:2]
-    grid = {"batch": keys.shape[0], "kv_head": keys.shape[1], "block": -(-plan.q_len // plan.columns.block_q)}
+    grid = {"batch": keys.shape[0], "kv_head": keys.shape[1], "block": -(-plan.columns.q_len // plan.columns.block_q)}
     results = [jax.ShapeDtypeStruct(query.shape, query.dtype)]
     if plan.flash.unified_max is not None:
         results.append(jax.ShapeDtypeStruct(tuple(grid.values()), jnp.int32))
@@ -218,7 +211,9 @@ def prefill_attention(
             raise NotImplementedError('there is no NVIDIA GPU here; implementation="xla" runs anywhere')
     else:
         tma |= target.compute_capability >= (9, 0)
-        config = config or choose_config(q_per_kv=q_per_kv, max_len=max_len, head_dim=head_dim, target=target)
+        two_parts = unified_max is not None and query.dtype == jnp.float16
+        shape = {"q_per_kv": q_per_kv, "max_len": max_len, "head_dim": head_dim}
+        config = config or choose_config(**shape, target=target, two_parts=two_parts)
     if config.block_kv > max_len:
         raise NotImplementedError(f"the cache's max_len is at least block_kv; got {max_len} and {config.block_kv}")
     missing = max(0, RUN - q_len) if q_per_kv < RUN else 0
@@ -241,7 +236,7 @@ def prefill_attention(
         queries_wait=True,
         tma=tma,
     )
-    plan = _Plan(flash=block, columns=columns, q_len=q_len + missing, q_per_kv=q_per_kv, window=window)
+    plan = _Plan(flash=block, columns=columns, window=window)
     out, recomputed = _run(plan, (query, keys, values, positions), interpret)
     out = out[:, :q_len] if missing else out
     return out, jnp.zeros((batch, num_kv_heads), jnp.int32) if recomputed is None else recomputed
