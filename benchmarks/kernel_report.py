@@ -55,6 +55,7 @@ class Cell:
     op: str
     batch: int
     context: int
+    dtype: str
 
     @property
     def target(self) -> Target:
@@ -65,14 +66,14 @@ class Cell:
         return self.op in MODELS[self.model].products()
 
     def job(self) -> Job:
-        where = {"model": self.model, "batch": self.batch, "max_len": self.context}
+        where = {"model": self.model, "batch": self.batch, "max_len": self.context, "dtype": self.dtype}
         if self.is_product:
             return Job(build=shapes.product, target=self.target, kwargs=where | {"name": self.op})
         chunk = {"q_len": min(CHUNK, self.context)} if self.op == "prefill_attention" else {}
         return Job(build=shapes.attention, target=self.target, kwargs=where | chunk)
 
 
-def cells(models: list[str], cards: list[str], batches: list[int], contexts: list[int]) -> Iterator[Cell]:
+def cells(models: list[str], cards: list[str], batches: list[int], contexts: list[int], dtype: str) -> Iterator[Cell]:
     """Every kernel of every model, card, batch and context that fits the card; products once a batch."""
     for card in cards:
         for model in models:
@@ -80,10 +81,10 @@ def cells(models: list[str], cards: list[str], batches: list[int], contexts: lis
             for batch in batches:
                 fitting = [n for n in contexts if 2 * shape.parameters + shape.cache_bytes(batch, n) <= memory]
                 for op in shape.products() if fitting else ():
-                    yield Cell(model=model, card=card, op=op, batch=batch, context=fitting[-1])
+                    yield Cell(model=model, card=card, op=op, batch=batch, context=fitting[-1], dtype=dtype)
                 for context in fitting:
                     for op in ("decode_attention", "prefill_attention"):
-                        yield Cell(model=model, card=card, op=op, batch=batch, context=context)
+                        yield Cell(model=model, card=card, op=op, batch=batch, context=context, dtype=dtype)
 
 
 def describe(cell: Cell, outcome: CompiledProgram | CompileError) -> dict[str, Any]:
@@ -103,7 +104,8 @@ def describe(cell: Cell, outcome: CompiledProgram | CompileError) -> dict[str, A
     implementation, traffic = requests(cell, kernel.launch.grid)
     shared = kernel.launch.shared_bytes + report.shared_bytes
     misses = {
-        f"beside it {', '.join(others)}": others and cell.op != "prefill_attention",  # its counts are summed over blocks
+        f"beside it {', '.join(others)}": others
+        and cell.op != "prefill_attention",  # its counts are summed over blocks
         "spills": facts.spill_bytes,
         "local memory": facts.local_memory,
         "no tensor cores": not facts.tensor_cores and implementation != "gemv",
@@ -146,13 +148,13 @@ def requests(cell: Cell, grid: tuple[int, int, int]) -> tuple[str, Traffic | Non
     n, k = shape.products()[cell.op]
     segments = 2 if cell.op == "qkv" or (cell.op == "up" and shape.gated) else 1
     unit = None
-    options: dict[str, Any] = {"m": cell.batch, "n": n, "k": k, "dtype": "float16", "segments": segments}
+    options: dict[str, Any] = {"m": cell.batch, "n": n, "k": k, "dtype": cell.dtype, "segments": segments}
     if cell.op == "qkv":
         options |= {"head_dim": shape.head_dim, "rotary_dim": shape.rotary_dim}
         unit = shape.rotary_dim or shape.head_dim
     name = choose_implementation("linear", device=cell.target, **options).implementation
     m = -(-cell.batch // 8) * 8
-    config = choose_product_config(m, n, k, "float16", cell.target, segments=segments, unit=unit)
+    config = choose_product_config(m, n, k, cell.dtype, cell.target, segments=segments, unit=unit)
     rows = cell.batch if name == "gemv" else config.pad_m(m)
     return name, product_traffic(blocks=grid[0], block_rows=config.block_n, rows_of_x=rows, n=n, k=k, itemsize=2)
 
@@ -166,7 +168,7 @@ def rereads(cell: Cell) -> int:
         max_len=cell.context,
         head_dim=shape.head_dim,
         target=cell.target,
-        two_parts=shape.softmax is not None,
+        two_parts=shape.softmax is not None and cell.dtype == "float16",
     )
     return config.reread_factor(min(CHUNK, cell.context), q_per_kv, shape.head_dim)
 
@@ -203,6 +205,7 @@ def main(
     model: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="May be repeated.")] = None,
     context: Annotated[list[int] | None, typer.Option(help="Slots of the cache; may be repeated.")] = None,
+    dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write the rows here.")] = None,
 ) -> None:
     """Compile, print, and fail on any miss."""
@@ -211,7 +214,7 @@ def main(
     if unknown:
         raise typer.BadParameter(f"no card or model {', '.join(unknown)}; there are {', '.join([*TARGETS, *MODELS])}")
     console = Console(width=220, highlight=False)
-    rows = compile_all(list(cells(model, card, batch or list(BATCHES), context or list(CONTEXTS))), console)
+    rows = compile_all(list(cells(model, card, batch or list(BATCHES), context or list(CONTEXTS), dtype)), console)
     show(rows, console)
     if csv_file:
         versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "jax-cuda12-plugin")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -91,19 +92,19 @@ MODELS = {
 }
 
 
-def product(model: str, name: str, batch: int, max_len: int) -> Program:
+def product(model: str, name: str, batch: int, max_len: int, dtype: str) -> Program:
     """One product of a decode step with what is fused to it, as the engine calls it: rows padded to 8."""
-    shape = MODELS[model]
+    shape, of = MODELS[model], functools.partial(_of, dtype)
     n, k = shape.products()[name]
     m = -(-batch // 8) * 8
-    arrays: dict[str, Any] = {"x": _of(m, k), "weight": _of(n, k)}
+    arrays: dict[str, Any] = {"x": of(m, k), "weight": of(n, k)}
     if (shape.biases == "all" and name != "logits") or (shape.biases == "qkv" and name == "qkv"):
-        arrays["bias"] = _of(n)
+        arrays["bias"] = of(n)
     if name in ("qkv", "up", "logits"):
         centered = not shape.gated
-        arrays["norm"] = Norm(weight=_of(k), bias=_of(k) if centered else None, eps=1e-5, centered=centered)
+        arrays["norm"] = Norm(weight=of(k), bias=of(k) if centered else None, eps=1e-5, centered=centered)
     if name in ("out", "down"):
-        arrays["residual"] = _of(m, n)
+        arrays["residual"] = of(m, n)
     counters = jax.ShapeDtypeStruct((-(-n // 32),), jnp.int32)
     options: dict[str, Any] = {"valid_m": batch if batch < m else None}
     run = linear
@@ -127,7 +128,7 @@ def _qkv(shape: ModelShape, arrays: dict[str, Any], counters: Any, batch: int, m
     m, half = arrays["x"].shape[0], shape.rotary_dim // 2
     angles = jax.ShapeDtypeStruct((m, half), jnp.float32)
     arrays |= {"rope": (angles, angles) if half else None, "lengths": jax.ShapeDtypeStruct((batch,), jnp.int32)}
-    cache = _of(batch, shape.num_kv_heads, max_len, shape.head_dim)
+    cache = _of(arrays["x"].dtype, batch, shape.num_kv_heads, max_len, shape.head_dim)
 
     def function(keys: jax.Array, values: jax.Array, counters: jax.Array, arrays: dict[str, Any]) -> Any:
         ref = jax.new_ref(counters)
@@ -137,10 +138,10 @@ def _qkv(shape: ModelShape, arrays: dict[str, Any], counters: Any, batch: int, m
     return Program(function=function, args=args, jit_options={"donate_argnums": (0, 1, 2)})
 
 
-def attention(model: str, batch: int, max_len: int, q_len: int | None = None) -> Program:
+def attention(model: str, batch: int, max_len: int, dtype: str, q_len: int | None = None) -> Program:
     """Attention of a decode step, or of a chunk of q_len prompt tokens, with the paper's softmax for the model."""
-    shape = MODELS[model]
-    cache = _of(batch, shape.num_kv_heads, max_len, shape.head_dim)
+    shape, of = MODELS[model], functools.partial(_of, dtype)
+    cache = of(batch, shape.num_kv_heads, max_len, shape.head_dim)
     options: dict[str, Any] = {"scale": shape.head_dim**-0.5}
     if shape.softmax:
         options |= {"unified_max": shape.softmax[0], "safe_range": shape.softmax[1]}
@@ -151,7 +152,7 @@ def attention(model: str, batch: int, max_len: int, q_len: int | None = None) ->
         def chunk(query: Any, keys: Any, values: Any, positions: Any) -> Any:
             return prefill_attention(query, keys, values, positions, **options)[: 2 if shape.softmax else 1]
 
-        return Program(function=chunk, args=(_of(batch, q_len, *heads), cache, cache, positions))
+        return Program(function=chunk, args=(of(batch, q_len, *heads), cache, cache, positions))
     counters = jax.ShapeDtypeStruct((batch * shape.num_kv_heads,), jnp.int32)
     lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
 
@@ -160,9 +161,9 @@ def attention(model: str, batch: int, max_len: int, q_len: int | None = None) ->
         out = decode_attention(*arrays, counters=ref, **options)
         return out[: 2 if shape.softmax else 1], jax.freeze(ref)
 
-    args = counters, _of(-(-batch // 8) * 8, *heads), cache, cache, lengths
+    args = counters, of(-(-batch // 8) * 8, *heads), cache, cache, lengths
     return Program(function=function, args=args, jit_options={"donate_argnums": 0})
 
 
-def _of(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float16)
+def _of(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
