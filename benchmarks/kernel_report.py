@@ -4,8 +4,8 @@
     python benchmarks/kernel_report.py --card a100-80g-sxm --batch 1 --batch 8 --context 1024 --csv kernels.csv
 
 Nothing here is a time. It exits with 1 if a kernel spills or uses local memory, lacks tensor-core instructions where it
-should have them, copies weights, keys or values by other than 16 bytes a thread or TMA, does not fit the card's shared
-memory, or asks for more than 1.02 times the bytes there are, and if a program is more than the one kernel.
+should have them, copies weights, keys or values in less than 16 bytes a thread or not by TMA, does not fit the card's
+shared memory, or asks for more than 1.02 times the bytes there are, and if a program is more than the one kernel.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib.metadata
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (128, 1024, 2048, 4096, 8192, 32768)
 CHUNK = 256  # prompt tokens of a pass
 BATCH_JOBS = 12  # programs compiled between two looks at the progress
+THREADS = 128  # of a block
 MOST_BYTES = 1.02
 
 
@@ -101,7 +103,8 @@ def describe(cell: Cell, outcome: CompiledProgram | CompileError) -> dict[str, A
     [kernel] = ours
     facts, report = inspect_kernel(kernel), kernel.report
     assert report is not None  # inspect_kernel has seen it
-    implementation, traffic = requests(cell, kernel.launch.grid)
+    implementation, traffic, copies = requests(cell, kernel.launch.grid)
+    product = cell.is_product  # those may copy x, which the cache holds, in smaller pieces
     shared = kernel.launch.shared_bytes + report.shared_bytes
     misses = {
         f"beside it {', '.join(others)}": others
@@ -110,8 +113,7 @@ def describe(cell: Cell, outcome: CompiledProgram | CompileError) -> dict[str, A
         "local memory": facts.local_memory,
         "no tensor cores": not facts.tensor_cores and implementation != "gemv",
         "tensor cores in a gemv": facts.tensor_cores and implementation == "gemv",
-        "no asynchronous copies": not facts.async_copies,
-        "copies of less than 16 bytes": facts.narrow_copies,
+        "copies of less than 16 bytes": facts.async_copies < max(1, copies) or (facts.narrow_copies and not product),
         "more shared memory than the card has": shared > cell.target.shared_per_block,
         "asks for too many bytes": traffic and traffic.requested > MOST_BYTES * traffic.least,
     }
@@ -129,11 +131,16 @@ def describe(cell: Cell, outcome: CompiledProgram | CompileError) -> dict[str, A
     }
 
 
-def requests(cell: Cell, grid: tuple[int, int, int]) -> tuple[str, Traffic | None]:
-    """The implementation's name, and the bytes it asks for; None for prefill, whose blocks share keys and values."""
-    shape = MODELS[cell.model]
+def requests(cell: Cell, grid: tuple[int, int, int]) -> tuple[str, Traffic | None, int]:
+    """The implementation's name, the bytes it asks for, and the 16-byte copies a thread needs for that.
+
+    No bytes for prefill, whose blocks share keys and values. Below sm_90 a copy stands in the PTX once for each step
+    of the ring.
+    """
+    shape, itemsize = MODELS[cell.model], 2
+    thread = 16 * THREADS if cell.target.compute_capability < (9, 0) else math.inf
     if cell.op == "prefill_attention":
-        return "mosaic_gpu", None
+        return "mosaic_gpu", None, 1
     if cell.op == "decode_attention":
         heads = {name: getattr(shape, name) for name in ("num_heads", "num_kv_heads", "head_dim")}
         config = choose_decode_config(
@@ -144,7 +151,8 @@ def requests(cell: Cell, grid: tuple[int, int, int]) -> tuple[str, Traffic | Non
             head_dim=shape.head_dim,
             target=cell.target,
         )
-        return "mosaic_gpu", decode_attention_traffic(config, [cell.context] * cell.batch, **heads, itemsize=2)
+        traffic = decode_attention_traffic(config, [cell.context] * cell.batch, **heads, itemsize=itemsize)
+        return "mosaic_gpu", traffic, int(2 * config.num_stages * config.block_kv * shape.head_dim * itemsize / thread)
     n, k = shape.products()[cell.op]
     segments = 2 if cell.op == "qkv" or (cell.op == "up" and shape.gated) else 1
     unit = None
@@ -156,7 +164,8 @@ def requests(cell: Cell, grid: tuple[int, int, int]) -> tuple[str, Traffic | Non
     m = -(-cell.batch // 8) * 8
     config = choose_product_config(m, n, k, cell.dtype, cell.target, segments=segments, unit=unit)
     rows = cell.batch if name == "gemv" else config.pad_m(m)
-    return name, product_traffic(blocks=grid[0], block_rows=config.block_n, rows_of_x=rows, n=n, k=k, itemsize=2)
+    traffic = product_traffic(blocks=grid[0], block_rows=config.block_n, rows_of_x=rows, n=n, k=k, itemsize=itemsize)
+    return name, traffic, int(config.num_stages * config.block_n * config.block_k * itemsize / thread)
 
 
 def rereads(cell: Cell) -> int:

@@ -93,7 +93,8 @@ def compile_programs(jobs: Sequence[Job]) -> list[CompiledProgram | CompileError
     cache = default_cache_dir()
     with tempfile.TemporaryDirectory(prefix="jaxdecode-aot-") as name:
         folder = Path(name)
-        (folder / "dump").mkdir()
+        for part in ("dump", "scratch"):
+            (folder / part).mkdir()
         for index, job in enumerate(jobs):
             _check_importable(job.build)
             whole = dataclasses.replace(job, cache=job.cache or (cache / "aot" if cache else None))
@@ -112,7 +113,7 @@ def _run_worker(folder: Path, jobs: list[int]) -> list[CompiledProgram | Compile
     """Runs the worker over `jobs` until it is done or has died; one outcome for each job it took up."""
     command = [sys.executable, "-m", "jaxdecode.aot.worker", str(folder), *map(str, jobs)]
     run = subprocess.run(
-        command, env=_environment(folder / "dump"), capture_output=True, text=True, check=False, errors="replace"
+        command, env=_environment(folder), capture_output=True, text=True, check=False, errors="replace"
     )
     outcomes: list[CompiledProgram | CompileError] = []
     for job in jobs:
@@ -131,12 +132,14 @@ def _run_worker(folder: Path, jobs: list[int]) -> list[CompiledProgram | Compile
     return outcomes
 
 
-def _environment(dump: Path) -> dict[str, str]:
+def _environment(folder: Path) -> dict[str, str]:
     """The worker's environment: set before it imports JAX, and free of the caller's own compiler flags."""
+    dump = folder / "dump"
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith("MOSAIC_GPU_")},
         "PYTHONPATH": path,
+        "TMPDIR": str(folder / "scratch"),  # Mosaic leaves a folder for each kernel
         "JAX_PLATFORMS": "cpu",  # the plugin is loaded for its compiler only
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "JAX_ENABLE_COMPILATION_CACHE": "false",

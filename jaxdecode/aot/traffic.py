@@ -1,4 +1,4 @@
-"""What kernels ask of device memory, in bytes, by arithmetic from their blocks; the tests count the same in execution."""
+"""What kernels ask of device memory, in bytes, by arithmetic from their blocks; tests count the same in execution."""
 
 from __future__ import annotations
 
