@@ -11,7 +11,9 @@ from jax.typing import DTypeLike
 from pallas_kernels.targets import Target
 
 MAX_M = 64  # beyond, the activations weigh as much as the weights, and XLA's dot is the better kernel
+MAX_GEMV_M = 4  # beyond, the CUDA cores of an A100 are busier than its memory
 MAX_SPLIT_K = 8
+_GEMV_STEP = 64 * 128  # weights of a step that the registers of a block hold on CUDA cores, beside x and the sums
 _BLOCK_K = (128, 64, 32)  # 128 keeps a row of a tile at 256 bytes, two sectors of DRAM burst
 
 
@@ -68,12 +70,13 @@ class FlatGemmConfig:
         ring = self.num_stages * (self.block_n + m) * self.block_k * itemsize
         return ring + self.block_n * (stage_width(m) * 4 + m * itemsize) + 1024
 
-    def check(self, m: int, n: int, k: int, dtype: DTypeLike, *, segments: int = 1) -> None:
+    def check(self, m: int, n: int, k: int, dtype: DTypeLike, *, segments: int = 1, gemv: bool = False) -> None:
         """Refuses what would read past the end of an array, or does not fit this configuration.
 
         Args:
           n: all rows of the weight.
           segments: parts of the weight that a block takes equal shares of: 2 for gate and up.
+          gemv: on CUDA cores.
 
         Raises:
           NotImplementedError: type, m, n or k are not what the kernel is made for.
@@ -83,15 +86,19 @@ class FlatGemmConfig:
             raise NotImplementedError(f"flat_gemm takes float16 or bfloat16; got {jnp.dtype(dtype).name}: use dense")
         if not 1 <= m <= MAX_M:
             raise NotImplementedError(f"flat_gemm takes 1 to {MAX_M} rows of x; got m = {m}: use dense")
-        if n % self.block_n:
-            raise NotImplementedError(
-                f"flat_gemm needs n as a multiple of block_n; got n = {n}, block_n = {self.block_n}: use dense"
-            )
+        if n < self.block_n:
+            raise NotImplementedError(f"flat_gemm needs n >= block_n; got n = {n}, block_n = {self.block_n}: use dense")
+        if n // segments % 8:
+            raise NotImplementedError(f"flat_gemm needs n as a multiple of 8; got n = {n // segments}: use dense")
         if self.block_n // segments % 32:
             raise NotImplementedError(f"{segments} segments of 32 rows need block_n >= {32 * segments}")
         if k % self.block_k:
             raise NotImplementedError(
                 f"flat_gemm needs k as a multiple of block_k; got k = {k}, block_k = {self.block_k}: use dense"
+            )
+        if gemv and self.block_n * self.block_k > _GEMV_STEP:
+            raise NotImplementedError(
+                f"gemv takes at most {_GEMV_STEP} weights a step; got block_n * block_k = {self.block_n * self.block_k}"
             )
         if (k // self.block_k) // self.split_k < self.num_stages - 1:
             raise ValueError(
@@ -101,36 +108,53 @@ class FlatGemmConfig:
 
 
 def choose_config(
-    m: int, n: int, k: int, dtype: DTypeLike, target: Target, *, segments: int = 1, unit: int | None = None
+    m: int,
+    n: int,
+    k: int,
+    dtype: DTypeLike,
+    target: Target,
+    *,
+    segments: int = 1,
+    unit: int | None = None,
+    block_n: int | None = None,
+    gemv: bool = False,
 ) -> FlatGemmConfig:
     """The blocks for one product on one card, by a rule that no measurement has touched.
 
-    block_n is 128 from m = 32 on, where x would be re-read as often as the weights are read, else 64 (32 if n asks for
-    it); block_k 128 or 64 (32 if k asks for it); num_stages 4 or 3. The first in that order that lets two blocks share
-    a multiprocessor is taken, else the first that fits alone. split_k is the smallest power of two that gives every
-    multiprocessor two blocks, as long as a split keeps twice the steps that the ring holds.
+    block_n is 128 from m = 32 on, where x would be re-read as often as the weights are read, else 64 (32 if n or a unit
+    asks for it); block_k 128 or 64 (32 if k asks for it); num_stages 4 or 3. The first in that order that lets two
+    blocks share a multiprocessor is taken, else the first that fits alone. split_k is the smallest power of two that
+    gives every multiprocessor two blocks, as long as a split keeps twice the steps that the ring holds.
 
     Args:
       n: all rows of the weight.
       segments: parts of the weight of which a block takes equal shares.
-      unit: rows that a block must divide; None for all.
+      unit: rows that a block must divide; None for none: the last block then goes back to end with n.
+      block_n: the only size that will do; None for any.
+      gemv: on CUDA cores.
 
     Raises:
-      NotImplementedError: no block divides n or k, or nothing fits the card; the message says what is needed.
+      NotImplementedError: no block suits n or k, or nothing fits the card; the message says what is needed.
     """
-    wide = (128,) if m >= 32 else ()
-    sizes_n = [size for size in (*wide, 64, 32) if (unit or n) % size == 0 and size >= 32 * segments]
+    fixed = (block_n,) if block_n else (128, 64, 32) if m >= 32 else (64, 32)
+    sizes_n = [size for size in fixed if 32 * segments <= size <= n and (unit or size) % size == 0]
     sizes_k = [size for size in (128, 64) if k % size == 0] or [size for size in (32,) if k % size == 0]
-    if not sizes_n or not sizes_k:
+    if k % 32:
+        raise NotImplementedError(f"flat_gemm needs k as a multiple of 32; got k = {k}: use dense")
+    if not sizes_n and unit:
         raise NotImplementedError(
-            f"flat_gemm needs {'a head' if unit else 'n'} as a multiple of {32 * segments} and k of 32; "
-            f"got {unit or n} and {k}: use dense"
+            f"flat_gemm needs heads in blocks of {block_n or 32 * segments} rows; got head_dim and rotary_dim with the "
+            f"common divisor {unit}: use dense"
         )
+    if n // segments % 8:
+        raise NotImplementedError(f"flat_gemm needs n as a multiple of 8; got n = {n // segments}: use dense")
+    if not sizes_n:
+        raise NotImplementedError(f"flat_gemm needs n >= {32 * segments}; got n = {n}: use dense")
     stages = sorted({max(2, min(num, k // sizes_k[-1] + 1)) for num in (4, 3)}, reverse=True)
     candidates = [
         FlatGemmConfig(block_n=block_n, block_k=block_k, num_stages=num_stages)
         for block_n, block_k, num_stages in itertools.product(sizes_n, sizes_k, stages)
-        if k // block_k >= num_stages - 1
+        if k // block_k >= num_stages - 1 and not (gemv and block_n * block_k > _GEMV_STEP)
     ]
     for limit in (target.shared_per_sm // 2 - 1024, target.shared_per_block):
         for config in candidates:
@@ -141,7 +165,7 @@ def choose_config(
 
 def _choose_split_k(config: FlatGemmConfig, n: int, k: int, target: Target) -> int:
     steps, split_k = k // config.block_k, 1
-    while n // config.block_n * split_k < 2 * target.num_sms and 2 * split_k <= MAX_SPLIT_K:
+    while -(-n // config.block_n) * split_k < 2 * target.num_sms and 2 * split_k <= MAX_SPLIT_K:
         if steps // (2 * split_k) < 2 * config.num_stages:
             break
         split_k *= 2
