@@ -41,6 +41,11 @@ _STEP = 16  # rows of an operand that are in registers at a time: the least that
 Ref = Any
 
 
+def _layout(operand: str, rows: str) -> Any:
+    """A property of `Flash`: how the threads share an operand of a product with so many rows."""
+    return property(lambda flash: getattr(plgpu.Layout, operand)(flash.dtype, m_warps=m_warps(getattr(flash, rows))))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flash:
     """Everything about a block's work that is known when the kernel is traced; scores are in units of log2.
@@ -76,29 +81,13 @@ class Flash:
         """Under it a thousandth of a denominator may have vanished: each weight under float32's least normal does."""
         return float(jnp.finfo(jnp.float32).tiny) * 1024 * self.max_len
 
-    @property
-    def scores(self) -> Any:
-        return plgpu.Layout.MMA_ACC(self.dtype, m_warps=m_warps(self.block_kv))
-
-    @property
-    def keys(self) -> Any:
-        return plgpu.Layout.MMA_LHS(self.dtype, m_warps=m_warps(self.block_kv))
-
-    @property
-    def queries(self) -> Any:
-        return plgpu.Layout.MMA_RHS(self.dtype, m_warps=m_warps(self.block_kv))
-
-    @property
-    def out(self) -> Any:
-        return plgpu.Layout.MMA_ACC(self.dtype, m_warps=m_warps(self.head_dim))
-
-    @property
-    def values(self) -> Any:
-        return plgpu.Layout.MMA_LHS(self.dtype, m_warps=m_warps(self.head_dim))
-
-    @property
-    def weights(self) -> Any:
-        return plgpu.Layout.MMA_RHS(self.dtype, m_warps=m_warps(self.head_dim))
+    # operands and results of the two products
+    scores = _layout("MMA_ACC", "block_kv")
+    keys = _layout("MMA_LHS", "block_kv")
+    queries = _layout("MMA_RHS", "block_kv")
+    out = _layout("MMA_ACC", "head_dim")
+    values = _layout("MMA_LHS", "head_dim")
+    weights = _layout("MMA_RHS", "head_dim")
 
 
 @dataclasses.dataclass(frozen=True)

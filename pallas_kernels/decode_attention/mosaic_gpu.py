@@ -298,8 +298,7 @@ def decode_attention(
       target: the card to compile for; None for the one that JAX runs on.
       counters: a `jax.new_ref` of at least batch · num_kv_heads int32 zeros, zeros again afterwards: operations that
         run one after the other can share it. None makes one where the splits need it.
-      interpret: `plgpu.InterpretGPUParams()` to run the form for Hopper on a CPU, the combination
-        of the splits then as a second kernel.
+      interpret: `plgpu.InterpretGPUParams()` to run the form for Hopper on a CPU; there a second kernel adds up.
 
     Returns:
       [rows, num_heads, head_dim], zeros in the rows past the batch, and how many rows were computed again,
@@ -312,10 +311,7 @@ def decode_attention(
     flash.check(query, keys, values)
     check_range(unified_max, safe_range)
     batch, num_kv_heads, max_len, head_dim = keys.shape
-    if query.shape[0] < batch:
-        raise ValueError(f"query has a row for each of the {batch} sequences; got {query.shape[0]}")
-    if counters is not None and counters.shape[0] < batch * num_kv_heads:
-        raise ValueError(f"counters has batch · num_kv_heads = {batch * num_kv_heads} entries; got {counters.shape}")
+    _check_rows(query, batch, batch * num_kv_heads, counters)
     q_per_kv, tma = query.shape[1] // num_kv_heads, bool(interpret)
     target = target or this_device()
     if target is None:
@@ -323,9 +319,8 @@ def decode_attention(
             raise NotImplementedError('there is no NVIDIA GPU here; implementation="xla" runs anywhere')
     else:
         tma |= target.compute_capability >= (9, 0)
-        config = config or choose_config(
-            batch=batch, num_kv_heads=num_kv_heads, q_per_kv=q_per_kv, max_len=max_len, head_dim=head_dim, target=target
-        )
+        shape = {"batch": batch, "num_kv_heads": num_kv_heads, "q_per_kv": q_per_kv, "max_len": max_len}
+        config = config or choose_config(**shape, head_dim=head_dim, target=target)
     if config.block_kv > max_len:
         raise NotImplementedError(f"the cache's max_len is at least block_kv; got {max_len} and {config.block_kv}")
     block = Flash(
@@ -343,16 +338,16 @@ def decode_attention(
         queries_wait=config.query_in_shared(q_per_kv, head_dim),
         tma=tma,
     )
-    plan = _Plan(
-        flash=block,
-        batch=batch,
-        rows=query.shape[0],
-        q_per_kv=q_per_kv,
-        window=window,
-        split_kv=config.split_kv,
-        counted=config.split_kv > 1 and not interpret,
-    )
+    sizes = {"batch": batch, "rows": query.shape[0], "q_per_kv": q_per_kv, "split_kv": config.split_kv}
+    plan = _Plan(flash=block, window=window, **sizes, counted=config.split_kv > 1 and not interpret)
     if plan.counted and counters is None:
         counters = jax.new_ref(jnp.zeros((batch * num_kv_heads,), jnp.int32))
     out, *recomputed = _run(plan, (query, keys, values, lengths), counters, interpret)
     return out, recomputed[0] if recomputed else jnp.zeros((batch, num_kv_heads), jnp.int32)
+
+
+def _check_rows(query: Array, batch: int, heads: int, counters: Any) -> None:
+    if query.shape[0] < batch:
+        raise ValueError(f"query has a row for each of the {batch} sequences; got {query.shape[0]}")
+    if counters is not None and counters.shape[0] < heads:
+        raise ValueError(f"counters has batch · num_kv_heads = {heads} entries; got {counters.shape}")
