@@ -162,7 +162,8 @@ def requests(cell: Cell, grid: tuple[int, int, int]) -> tuple[str, Traffic | Non
         unit = shape.rotary_dim or shape.head_dim
     name = choose_implementation("linear", device=cell.target, **options).implementation
     m = -(-cell.batch // 8) * 8
-    config = choose_product_config(m, n, k, cell.dtype, cell.target, segments=segments, unit=unit)
+    where = {"segments": segments, "unit": unit, "gemv": name == "gemv"}
+    config = choose_product_config(m, n, k, cell.dtype, cell.target, **where)
     rows = cell.batch if name == "gemv" else config.pad_m(m)
     traffic = product_traffic(blocks=grid[0], block_rows=config.block_n, rows_of_x=rows, n=n, k=k, itemsize=itemsize)
     return name, traffic, int(config.num_stages * config.block_n * config.block_k * itemsize / thread)

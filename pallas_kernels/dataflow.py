@@ -22,7 +22,6 @@ BACKENDS = {
     "mosaic_gpu": "our kernels for NVIDIA GPUs, and XLA's dot for products with many rows",
     INTERPRET: "the same kernels interpreted on the CPU and watched for races: slow, for tests",
 }
-MAX_M = 64  # beyond, the activations weigh as much as the weights, and XLA's dot is the better kernel
 GEMV_MAX_M = 1  # the paper's illustrated tables leave the CUDA cores at 2 or 3; no card of ours has been measured
 ROW_TILE = 8  # rows of activations that a tensor-core product works on at a time
 
@@ -58,7 +57,7 @@ def choose_implementation(
         rotation.
       head_dim, rotary_dim, head_norms: of a "qkv_linear".
     """
-    from pallas_kernels.flat_gemm.config import choose_config
+    from pallas_kernels.flat_gemm.config import MAX_M, choose_config
 
     if why := no_kernels(dtype, device):
         return Choice("dense", f"rule: {why}")
@@ -66,12 +65,14 @@ def choose_implementation(
         return Choice("dense", f"rule: no kernel for {weight_format} weights yet")
     if m > MAX_M:
         return Choice("dense", f"rule: m > {MAX_M}")
+    gemv = m <= GEMV_MAX_M
+    unit, whole = None if head_dim is None else math.gcd(head_dim, rotary_dim), head_dim if head_norms else None
     try:
-        unit = None if head_dim is None else math.gcd(head_dim, rotary_dim)
-        choose_config(m, n, k, dtype, device, segments=segments, unit=unit)  # pyright: ignore[reportArgumentType]
+        assert device is not None  # no_kernels has seen it
+        choose_config(m, n, k, dtype, device, segments=segments, unit=unit, block_n=whole, gemv=gemv)
     except NotImplementedError as error:
         return Choice("dense", f"rule: {error}")
-    if m <= GEMV_MAX_M:
+    if gemv:
         return Choice("gemv", f"rule: m ≤ {GEMV_MAX_M}, not measured")
     return Choice("flat_gemm", f"rule: {GEMV_MAX_M} < m ≤ {MAX_M}, not measured")
 
@@ -87,8 +88,9 @@ def choose_attention(
     if head_dim % 16 or head_dim > 256 or q_per_kv > 32 or max_len % 8:
         return Choice("xla", "rule: the kernels take head_dim % 16 = 0 up to 256, q_per_kv ≤ 32 and max_len % 8 = 0")
     try:
+        assert device is not None  # no_kernels has seen it
         shape = {"q_per_kv": q_per_kv, "max_len": max_len, "head_dim": head_dim}
-        choose_config(batch=1, num_kv_heads=1, **shape, target=device)  # pyright: ignore[reportArgumentType]
+        choose_config(batch=1, num_kv_heads=1, **shape, target=device)
     except NotImplementedError as error:
         return Choice("xla", f"rule: {error}")
     return Choice("mosaic_gpu", f"rule: {op} on a GPU, not measured")
@@ -101,6 +103,8 @@ def device_of(implementation: str | None) -> Target | None:
 
 def padded_rows(batch: int, *, dtype: DTypeLike, device: Target | None) -> int:
     """Rows to give the activations of a decode step, so that no product has to pad them."""
+    from pallas_kernels.flat_gemm.config import MAX_M
+
     if no_kernels(dtype, device) or batch > MAX_M:
         return batch
     return -(-batch // ROW_TILE) * ROW_TILE

@@ -160,7 +160,7 @@ def qkv_linear(
     heads = {
         "head_dim": head_dim,
         "rotary_dim": 0 if rope is None else 2 * rope[0].shape[-1],
-        "head_norms": q_norm is not None,
+        "head_norms": q_norm is not None or k_norm is not None,
     }
     name, launch = _choose("qkv_linear", x, weight, batch, implementation, counters, segments=2, **heads)
     if launch is None:
@@ -170,10 +170,9 @@ def qkv_linear(
     def run(x, rope, keys, values, lengths, weight, bias, norms) -> tuple[Array, Array, Array]:
         refs = {"keys": jax.new_ref(keys), "values": jax.new_ref(values)}
         cos, sin = rope or (None, None)
-        names = {n: v for n, v in zip(("norm", "q_norm", "k_norm"), norms, strict=True) if v is not None}
-        query = _kernels().qkv_linear(
-            x, weight, bias, cos=cos, sin=sin, **refs, lengths=lengths, **names, launch=launch
-        )
+        names = dict(zip(("norm", "q_norm", "k_norm"), norms, strict=True))
+        angles = {"cos": cos, "sin": sin}
+        query = _kernels().qkv_linear(x, weight, bias, **angles, **refs, lengths=lengths, **names, launch=launch)
         return query, jax.freeze(refs["keys"]), jax.freeze(refs["values"])
 
     valid_m = None if x.shape[0] == batch else batch
