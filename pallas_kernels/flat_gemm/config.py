@@ -160,7 +160,9 @@ def choose_config(
         for config in candidates:
             if config.shared_bytes(m, dtype) <= limit:
                 return dataclasses.replace(config, split_k=_choose_split_k(config, n, k, target))
-    raise NotImplementedError(f"flat_gemm at m = {m} does not fit the {target.shared_per_block} bytes of {target.name}")
+    raise NotImplementedError(
+        f"flat_gemm at m = {m} does not fit the {target.shared_per_block} bytes of {target.name}: use dense"
+    )
 
 
 def _choose_split_k(config: FlatGemmConfig, n: int, k: int, target: Target) -> int:

@@ -1,4 +1,4 @@
-"""The fused query, key and value product: rotated, and appended to the cache, by the kernel that multiplies."""
+"""The fused query, key and value product: normed, rotated, and appended to the cache, by the kernel that multiplies."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ptx.chain import Chain
+from test_flat_gemm_cases import blocks, check_compiled, close, compile_all, needs_compiler, norm_of
 
-from jaxdecode.aot import CompileError, Job, Program, compile_programs, compiler_installed
+from jaxdecode.aot import Job, Program
 from pallas_kernels.flat_gemm import mosaic_gpu, reference
 from pallas_kernels.flat_gemm.config import FlatGemmConfig
 from pallas_kernels.interpret import interpret_params
@@ -18,37 +19,47 @@ from pallas_kernels.norm import Norm
 from pallas_kernels.targets import find_target
 
 INTERPRET = interpret_params()
-TOLERANCE = {"float16": 2e-3, "bfloat16": 1.2e-2}  # of the largest result
-BLOCKS = FlatGemmConfig(num_stages=3, block_k=64)
+BLOCKS = blocks(block_k=64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One decode step's product in front of attention."""
+    """One decode step's product in front of attention.
 
+    Attributes:
+      padding: rows of x beyond the batch.
+      norm: before the product; see `test_flat_gemm_cases.NORMS`.
+      head_norms: which of queries and keys have a norm of their own.
+    """
+
+    implementation: str = "flat_gemm"
     batch: int = 8
-    padding: int = 0  # rows of x beyond the batch
+    padding: int = 0
     k: int = 256
-    num_heads: int = 4
-    num_kv_heads: int = 2
+    num_heads: int = 2
+    num_kv_heads: int = 1
     head_dim: int = 64
     rotary_dim: int = 64
     max_len: int = 9
     dtype: str = "float16"
-    norm: bool = True
+    norm: str | None = "rms"
+    head_norms: tuple[str, ...] = ()
     bias: bool = False
     config: FlatGemmConfig | None = BLOCKS
+
+    @property
+    def m(self) -> int:
+        return self.batch + self.padding
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         cache = (self.batch, self.num_kv_heads, self.max_len, self.head_dim)
-        m = self.batch + self.padding
-        shapes = {"x": (m, self.k), "weight": (rows, self.k), "keys": cache, "values": cache}
-        if self.norm:
-            shapes["norm"] = (self.k,)
-        if self.bias:
-            shapes["bias"] = (rows,)
-        angles = jax.ShapeDtypeStruct((m, self.rotary_dim // 2), jnp.float32)
+        shapes = {"x": (self.m, self.k), "weight": (rows, self.k), "keys": cache, "values": cache}
+        shapes |= {"bias": (rows,)} if self.bias else {}
+        shapes |= {"gain": (self.k,)} if self.norm else {}
+        shapes |= {"shift": (self.k,)} if self.norm == "layer bias" else {}
+        shapes |= dict.fromkeys(self.head_norms, (self.head_dim,))
+        angles = jax.ShapeDtypeStruct((self.m, self.rotary_dim // 2), jnp.float32)
         return (
             {name: jax.ShapeDtypeStruct(shape, self.dtype) for name, shape in shapes.items()}
             | ({"cos": angles, "sin": angles} if self.rotary_dim else {})
@@ -58,151 +69,185 @@ class Case:
     def arrays(self) -> dict[str, jax.Array]:
         random, shapes = np.random.default_rng(0), self.shapes()
         noise = {name: random.standard_normal(of.shape) for name, of in shapes.items()}
-        angles = random.standard_normal((self.batch + self.padding, self.rotary_dim // 2))
+        angles = random.standard_normal((self.m, self.rotary_dim // 2))
         special = {
             "weight": noise["weight"] * self.k**-0.5,
             "cos": np.cos(angles),
             "sin": np.sin(angles),
             "lengths": random.permutation(self.batch) % self.max_len,
         }
+        special |= {name: 1.0 + 0.2 * noise[name] for name in ("gain", "q_norm", "k_norm") if name in noise}
         return {name: jnp.asarray((noise | special)[name], of.dtype) for name, of in shapes.items()}
 
-    def run(self, arrays: dict[str, jax.Array], launch: mosaic_gpu.Launch) -> tuple[jax.Array, ...]:
+    def run(self, arrays: dict[str, jax.Array], **launch) -> tuple[jax.Array, ...]:
         """Query, keys and values."""
         caches = {name: jax.new_ref(arrays[name]) for name in ("keys", "values")}
-        rest = {"cos": None, "sin": None} | {name: a for name, a in (arrays | caches).items() if name != "norm"}
-        norm = Norm(weight=arrays["norm"]) if self.norm else None
-        query = mosaic_gpu.qkv_linear(**rest, norm=norm, launch=launch)
+        query = mosaic_gpu.qkv_linear(
+            *(arrays.get(name) for name in ("x", "weight", "bias")),
+            **{name: arrays.get(name) for name in ("cos", "sin", "lengths")},
+            **caches,
+            **self.norms(arrays),
+            launch=mosaic_gpu.Launch(implementation=self.implementation, config=self.config, **launch),
+        )
         return query, jax.freeze(caches["keys"]), jax.freeze(caches["values"])
 
-    def expected(self, arrays: dict[str, jax.Array]) -> tuple[np.ndarray, ...]:
-        wide = {name: array.astype(jnp.float32) for name, array in arrays.items()}
-        x = wide["x"]
-        if self.norm:
-            x = x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * wide["norm"]
-        y = reference.linear(x, wide["weight"], wide.get("bias"), residual=None, out_dtype=jnp.float32)
-        heads = y.reshape(self.batch + self.padding, -1, self.head_dim)
-        query, key, value = jnp.split(heads, [self.num_heads, self.num_heads + self.num_kv_heads], axis=1)
-        rows = np.arange(self.batch)
-        keys = wide["keys"].at[rows, :, arrays["lengths"]].set(self.turned(key, wide)[: self.batch])
-        values = wide["values"].at[rows, :, arrays["lengths"]].set(value[: self.batch])
-        return self.turned(query, wide), keys, values
+    def norms(self, arrays: dict[str, jax.Array]) -> dict[str, Norm | None]:
+        heads = {name: Norm(weight=arrays[name]) if name in arrays else None for name in ("q_norm", "k_norm")}
+        return {"norm": norm_of(self.norm, arrays), **heads}
 
-    def turned(self, x: jax.Array, wide: dict[str, jax.Array]) -> jax.Array:
-        if not self.rotary_dim:
-            return x
-        half = self.rotary_dim // 2
-        first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-        cos, sin = wide["cos"][:, None], wide["sin"][:, None]
-        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+    def check(self, found, arrays: dict[str, jax.Array]) -> None:
+        wide = {name: array.astype(jnp.float32) for name, array in arrays.items()} | {"lengths": arrays["lengths"]}
+        expected = reference.qkv_linear(
+            *(wide.get(name) for name in ("x", "weight", "bias")),
+            rope=(wide["cos"], wide["sin"]) if self.rotary_dim else None,
+            **{name: wide[name] for name in ("keys", "values", "lengths")},
+            **self.norms(wide),
+        )
+        query, *caches = (np.asarray(part, np.float32) for part in found)
+        assert query.shape == (self.m, self.num_heads, self.head_dim)
+        close(query[: self.batch], np.asarray(expected[0])[: self.batch], self.dtype)
+        assert self.implementation == "flat_gemm" or not query[self.batch :].any()
+        untouched = np.arange(self.max_len)[None] != np.asarray(arrays["lengths"])[:, None]
+        for name, cache, after in zip(("keys", "values"), caches, expected[1:], strict=True):
+            close(cache, np.asarray(after), self.dtype)
+            before = np.asarray(wide[name]).swapaxes(1, 2)[untouched]
+            np.testing.assert_array_equal(cache.swapaxes(1, 2)[untouched], before)
 
 
-CASES = {
-    "plain": Case(norm=False),
-    "bias": Case(bias=True, dtype="bfloat16"),
-    "unpadded": Case(batch=3, num_heads=2, num_kv_heads=1),
-    "padded": Case(batch=3, padding=5, num_heads=2, num_kv_heads=1, dtype="bfloat16"),
-    "not turned": Case(rotary_dim=0, num_heads=2, num_kv_heads=1),
-    "two blocks a head": Case(head_dim=128, rotary_dim=128, num_heads=2, num_kv_heads=1),
-    "half of a head": Case(head_dim=128, num_heads=2, num_kv_heads=1, dtype="bfloat16"),
-    "wide block": Case(
-        head_dim=128,
-        rotary_dim=128,
-        num_heads=1,
-        num_kv_heads=1,
-        batch=16,
-        max_len=20,
-        config=dataclasses.replace(BLOCKS, block_n=128),
-    ),
-    "split": Case(k=512, num_heads=2, num_kv_heads=1, config=dataclasses.replace(BLOCKS, split_k=3), bias=True),
+OPTIONS = {
+    "plain": {"norm": None, "num_heads": 4, "num_kv_heads": 2},
+    "bias": {"bias": True, "dtype": "bfloat16"},
+    "not turned": {"rotary_dim": 0, "norm": "layer bias", "bias": True},
+    "two blocks a head": {"head_dim": 128, "rotary_dim": 128},
+    "half of a head": {"head_dim": 128, "dtype": "bfloat16"},
+    "wide block": {"head_dim": 128, "rotary_dim": 128, "num_heads": 1, "config": blocks(block_n=128, block_k=64)},
+    "head norms": {"head_norms": ("q_norm", "k_norm"), "bias": True},
+    "wide head norms": {
+        "head_norms": ("q_norm", "k_norm"),
+        "head_dim": 128,
+        "rotary_dim": 128,
+        "dtype": "bfloat16",
+        "config": blocks(block_n=128, block_k=64),
+    },
+    "query norm": {"head_norms": ("q_norm",), "rotary_dim": 0},
+    "split": {"k": 512, "config": blocks(block_k=64, split_k=3), "bias": True},
+    "split layer norm": {"k": 512, "config": blocks(block_k=64, split_k=2), "norm": "layer"},
 }
-
-
-def check(found, case: Case, arrays: dict[str, jax.Array]) -> None:
-    for one, expected in zip(found, case.expected(arrays), strict=True):
-        tolerance = TOLERANCE[case.dtype] * np.abs(expected).max()
-        np.testing.assert_allclose(np.asarray(one, np.float32), expected, atol=tolerance, rtol=0)
-    untouched = np.arange(case.max_len)[None] != np.asarray(arrays["lengths"])[:, None]
-    for name, one in zip(("keys", "values"), found[1:], strict=True):
-        before, after = (np.asarray(cache).swapaxes(1, 2)[untouched] for cache in (arrays[name], one))
-        np.testing.assert_array_equal(after.view(np.uint16), before.view(np.uint16))
+ROWS = {"flat_gemm": [(8, 0), (3, 5), (16, 0), (17, 0)], "gemv": [(1, 7), (2, 0), (3, 5), (4, 4)]}
+CASES = {
+    f"{name} {implementation}": Case(
+        implementation=implementation, batch=rows[i % 4][0], padding=rows[i % 4][1], max_len=9 + i, **options
+    )
+    for implementation, rows in ROWS.items()
+    for i, (name, options) in enumerate(OPTIONS.items())
+}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted(name):
     case = CASES[name]
     arrays = case.arrays()
-    launch = mosaic_gpu.Launch(config=case.config, interpret=INTERPRET)
-    check(jax.jit(lambda arrays: case.run(arrays, launch))(arrays), case, arrays)
+    case.check(jax.jit(lambda arrays: case.run(arrays, interpret=INTERPRET))(arrays), arrays)
 
 
 def build(case: Case, card: str) -> Program:
-    launch = mosaic_gpu.Launch(config=case.config, target=find_target(card))
+    target = find_target(card)
     arrays = case.shapes()
     caches = {name: arrays.pop(name) for name in ("keys", "values")}
+    split = case.config is None or case.config.split_k > 1
+    caches["counters"] = jax.ShapeDtypeStruct((1024 if split else 8,), jnp.int32)
 
     def run(caches, arrays):
-        return case.run(caches | arrays, launch)
+        counters = jax.new_ref(caches["counters"])
+        found = case.run(caches | arrays, target=target, counters=counters if split else None)
+        return *found, jax.freeze(counters)
 
     return Program(function=run, args=(caches, arrays), jit_options={"donate_argnums": 0})
 
 
 LLAMA = Case(k=4096, num_heads=32, num_kv_heads=32, head_dim=128, rotary_dim=128, max_len=4096, config=None)
 CHATGLM2 = Case(k=4096, num_heads=32, num_kv_heads=2, head_dim=128, bias=True, max_len=4096, config=None)
+OPT = dataclasses.replace(LLAMA, norm="layer bias", rotary_dim=0, bias=True, max_len=2048)
+QWEN3 = dataclasses.replace(LLAMA, num_kv_heads=8, head_norms=("q_norm", "k_norm"), dtype="bfloat16")
 REAL = {
-    f"{name} batch={batch} {card}": Job(
-        build=build, target=find_target(card), args=(dataclasses.replace(case, batch=batch), card)
+    f"{name} {implementation} batch={batch} {card}": (
+        dataclasses.replace(case, implementation=implementation, batch=batch, padding=-batch % 8),
+        card,
     )
     for card in ("a100-80g-sxm", "rtx-3090", "h100-sxm")
-    for batch in (8, 64)
-    for name, case in {"llama2": LLAMA, "chatglm2": CHATGLM2}.items()
+    for implementation, batch in (("flat_gemm", 8), ("flat_gemm", 64), ("gemv", 1), ("gemv", 4))
+    for name, case in {"llama2": LLAMA, "chatglm2": CHATGLM2, "opt": OPT, "qwen3": QWEN3}.items()
+    if (name, batch, card) != ("qwen3", 64, "rtx-3090")  # refused, see below
+}
+CARDS = {name: "a100-80g-sxm" for name in CASES} | {
+    "bias flat_gemm 86": "rtx-3090",
+    "bias gemv 86": "rtx-3090",
+    "plain flat_gemm 89": "rtx-4090",
+    "head norms gemv 89": "rtx-4090",
 }
 
 
+def case_of(name: str) -> Case:
+    return CASES.get(name) or CASES[name.rpartition(" ")[0]]
+
+
 @pytest.fixture(scope="module")
-def compiled():
-    jobs = {
-        name: Job(build=build, target=find_target("a100-80g-sxm"), args=(c, "a100-80g-sxm"))
-        for name, c in CASES.items()
-    }
-    jobs["bias 86"] = Job(build=build, target=find_target("rtx-3090"), args=(CASES["bias"], "rtx-3090"))
-    jobs |= REAL
-    outcomes = dict(zip(jobs, compile_programs(list(jobs.values())), strict=True))
-    assert not (failed := {n: str(o) for n, o in outcomes.items() if isinstance(o, CompileError)}), failed
-    return outcomes
-
-
-needs_compiler = pytest.mark.skipif(not compiler_installed(), reason='needs pip install "jaxdecode[check]"')
+def executed():
+    return compile_all({n: Job(build=build, target=find_target(c), args=(case_of(n), c)) for n, c in CARDS.items()})
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", [*CASES, "bias 86"])
-def test_executed_ptx(compiled, name):
-    case = CASES[name.removesuffix(" 86")]
+@pytest.mark.parametrize("name", CARDS)
+def test_executed_ptx(executed, name):
+    case = case_of(name)
     arrays = case.arrays()
-    caches = {name: arrays[name] for name in ("keys", "values")}
-    rest = {name: array for name, array in arrays.items() if name not in caches}
-    inputs = [np.asarray(array) for array in jax.tree.leaves((caches, rest))]
-    for seed in (0, 1, 2) if case.config.split_k > 1 else (None,):
-        check(Chain(compiled[name], inputs, seed=seed).outputs, case, arrays)
+    caches = {name: np.asarray(arrays[name]) for name in ("keys", "values")}
+    rest = {name: np.asarray(array) for name, array in arrays.items() if name not in caches}
+    caches["counters"] = np.zeros(1024 if case.config.split_k > 1 else 8, np.int32)
+    seeds = (0, 1, 2) if case.config.split_k > 1 else (None,)
+    found = [Chain(executed[name], jax.tree.leaves((caches, rest)), seed=seed).outputs for seed in seeds]
+    case.check(found[0][:3], arrays)
+    for other in found[1:]:  # whoever arrives last adds in the same order
+        for one, same in zip(other[:3], found[0][:3], strict=True):
+            np.testing.assert_array_equal(one.view(np.uint16), same.view(np.uint16))
+    check_compiled(executed[name], tensor_cores=case.implementation == "flat_gemm")
+
+
+@pytest.fixture(scope="module")
+def real():
+    return compile_all({n: Job(build=build, target=find_target(o[1]), args=o) for n, o in REAL.items()})
 
 
 @needs_compiler
 @pytest.mark.parametrize("name", REAL)
-def test_compiled_for_real_shapes(compiled, name):
-    program = compiled[name]
-    [kernel] = [kernel for kernel in program.kernels.values() if kernel.kind == "mosaic"]
-    report = kernel.report
-    assert not (report.spill_store_bytes or report.spill_load_bytes or report.stack_bytes), report
-    assert kernel.launch.shared_bytes <= program.target.shared_per_block
-    case = REAL[name].args[0]
+def test_compiled_for_real_shapes(real, name):
+    program, (case, _) = real[name], REAL[name]
+    check_compiled(program, tensor_cores=case.implementation == "flat_gemm")
+    assert len(program.thunks) == 1
     cache_bytes = 2 * case.batch * case.num_kv_heads * case.max_len * case.head_dim
-    assert program.memory.aliased == 2 * cache_bytes  # the caches stay where they are
+    assert program.memory.aliased == 2 * cache_bytes + 4 * 1024  # caches and counters stay where they are
     assert program.memory.temporaries < 32 << 20
-    assert "mma.sync.aligned.m16n8k16" in kernel.ptx
 
 
-def test_a_head_that_blocks_do_not_divide_is_named():
-    case = Case(head_dim=96, rotary_dim=96)
-    with pytest.raises(NotImplementedError, match="multiples of block_n = 64; got 96 and 96"):
-        case.run(case.arrays(), mosaic_gpu.Launch(config=case.config, interpret=INTERPRET))
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (Case(head_dim=96, rotary_dim=96), "multiples of block_n = 64; got 96 and 96: use dense"),
+        (
+            Case(head_dim=128, rotary_dim=128, head_norms=("q_norm",)),
+            "needs block_n = head_dim = rotary_dim; got block_n = 64, head_dim = 128, rotary_dim = 128: use dense",
+        ),
+        (Case(head_dim=96, rotary_dim=96, config=None), "common divisor 96: use dense"),
+        (dataclasses.replace(QWEN3, batch=64, max_len=1), "m = 64 does not fit the 101376 bytes of .*: use dense"),
+    ],
+    ids=["blocks", "norm", "choice", "card"],
+)
+def test_a_head_that_blocks_do_not_suit_is_named(case, message):
+    with pytest.raises(NotImplementedError, match=message):
+        case.run(case.arrays(), target=find_target("a10"), interpret=INTERPRET)
+
+
+def test_a_cache_with_more_rows_than_x_is_refused():
+    arrays = Case().arrays()
+    with pytest.raises(ValueError, match="each of the 8 rows of the cache; got 3"):
+        Case().run(arrays | {"x": arrays["x"][:3]}, interpret=INTERPRET)
