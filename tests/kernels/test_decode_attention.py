@@ -68,7 +68,7 @@ def test_answer_is_the_reference():
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("overflow", [(), ((0, 1),), ((0, 0), (1, 4), (1, 5)), "all"], ids=["0", "1", "some", "all"])
-def test_only_overflowed_rows_are_recomputed(overflow, dtype):
+def test_interpreted_only_overflowed_rows_are_recomputed(overflow, dtype):
     rows = tuple(np.ndindex(2, 6)) if overflow == "all" else overflow
     case = Case(q_per_kv=3, dtype=dtype, overflow=rows, **UNIFIED)
     out, recomputed = run(case)
@@ -81,14 +81,14 @@ def test_only_overflowed_rows_are_recomputed(overflow, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_maximum_at_the_lower_end_does_not_overflow(dtype):
+def test_interpreted_maximum_at_the_lower_end_does_not_overflow(dtype):
     case = Case(dtype=dtype, unified_max=-16.8, safe_range=(-16.8, 6.5), size=1.5)
     out, recomputed = run(case)
     case.check(out, recomputed)
     assert recomputed.sum() == 0
 
 
-def test_vanished_denominators_are_recomputed():
+def test_interpreted_vanished_denominators_are_recomputed():
     case = Case(q_per_kv=2, unified_max=200.0, safe_range=(180.0, 220.0), lengths=(100, 0))
     out, recomputed = run(case)
     case.check(out, recomputed)

@@ -7,16 +7,19 @@ Faults that were put into the kernel, and what turned red (I: `test_decode_atten
     heads of another KV head                         I test_interpreted
     window one slot short                            I test_interpreted[window-*]
     values past the length not zeroed                I test_interpreted
-    float16 weights under the unified maximum        I test_maximum_at_the_lower_end_does_not_overflow[float16]
-    no rescale in the online softmax                 I test_interpreted[*-online], test_only_overflowed_rows_…
-    all rows of a group written after recomputing    I test_only_overflowed_rows_are_recomputed
+    float16 weights under the unified maximum        I test_interpreted_maximum_at_the_lower_end_…[float16]
+    no rescale in the online softmax                 I test_interpreted[*-online], test_interpreted_only_overflowed_…
+    all rows of a group written after recomputing    I test_interpreted_only_overflowed_…
     copy into the slot being read (ahead + 1)        I test_interpreted: race; P test_executed_ptx: "uninitialised"
     wait for one step less (num_stages - 1)          P test_executed_ptx: "in-flight"
     no barriers around shared memory                 P test_executed_ptx: "race" (`unsafe_no_auto_barriers`)
-    counter without acquire and release             P test_executed_ptx: "race"
+    counter without acquire and release              P test_executed_ptx: "race"
     no barrier after the arrival is told             P test_executed_ptx: "race"
     the last but one arrival combines                P test_executed_ptx: "uninitialised"
-    counters not set back                P test_executed_ptx
+    counters not set back                            P test_executed_ptx: "not zero again"
+    one counter for two KV heads                     P test_executed_ptx: "race", "never-written"
+    rows past the batch not cleared, or one too few  I test_interpreted[more-rows-*]; P "never-written"
+    scores above the range not noticed               I test_interpreted_only_overflowed_…
 
 The barrier before an arrival can go unnoticed: every store of Mosaic's ends with one.
 """
