@@ -96,9 +96,10 @@ class FlatGemmConfig:
             raise NotImplementedError(
                 f"flat_gemm needs k as a multiple of block_k; got k = {k}, block_k = {self.block_k}: use dense"
             )
-        if gemv and self.block_n * self.block_k > _GEMV_STEP:
+        if gemv and (self.block_n > 128 or self.block_n * self.block_k > _GEMV_STEP):
             raise NotImplementedError(
-                f"gemv takes at most {_GEMV_STEP} weights a step; got block_n * block_k = {self.block_n * self.block_k}"
+                f"gemv takes block_n up to 128, and {_GEMV_STEP} weights a step; got block_n = {self.block_n}, "
+                f"block_k = {self.block_k}"
             )
         if (k // self.block_k) // self.split_k < self.num_stages - 1:
             raise ValueError(
@@ -136,6 +137,26 @@ def choose_config(
     Raises:
       NotImplementedError: no block suits n or k, or nothing fits the card; the message says what is needed.
     """
+    sizes_n, sizes_k = _block_sizes(m, n, k, segments, unit, block_n)
+    stages = sorted({max(2, min(num, k // sizes_k[-1] + 1)) for num in (4, 3)}, reverse=True)
+    candidates = [
+        FlatGemmConfig(block_n=block_n, block_k=block_k, num_stages=num_stages)
+        for block_n, block_k, num_stages in itertools.product(sizes_n, sizes_k, stages)
+        if k // block_k >= num_stages - 1 and not (gemv and block_n * block_k > _GEMV_STEP)
+    ]
+    for limit in (target.shared_per_sm // 2 - 1024, target.shared_per_block):
+        for config in candidates:
+            if config.shared_bytes(m, dtype) <= limit:
+                return dataclasses.replace(config, split_k=_choose_split_k(config, n, k, target))
+    raise NotImplementedError(
+        f"flat_gemm at m = {m} does not fit the {target.shared_per_block} bytes of {target.name}: use dense"
+    )
+
+
+def _block_sizes(
+    m: int, n: int, k: int, segments: int, unit: int | None, block_n: int | None
+) -> tuple[list[int], list[int]]:
+    """Candidates for block_n and block_k, best first."""
     fixed = (block_n,) if block_n else (128, 64, 32) if m >= 32 else (64, 32)
     sizes_n = [size for size in fixed if 32 * segments <= size <= n and (unit or size) % size == 0]
     sizes_k = [size for size in (128, 64) if k % size == 0] or [size for size in (32,) if k % size == 0]
@@ -150,19 +171,7 @@ def choose_config(
         raise NotImplementedError(f"flat_gemm needs n as a multiple of 8; got n = {n // segments}: use dense")
     if not sizes_n:
         raise NotImplementedError(f"flat_gemm needs n >= {32 * segments}; got n = {n}: use dense")
-    stages = sorted({max(2, min(num, k // sizes_k[-1] + 1)) for num in (4, 3)}, reverse=True)
-    candidates = [
-        FlatGemmConfig(block_n=block_n, block_k=block_k, num_stages=num_stages)
-        for block_n, block_k, num_stages in itertools.product(sizes_n, sizes_k, stages)
-        if k // block_k >= num_stages - 1 and not (gemv and block_n * block_k > _GEMV_STEP)
-    ]
-    for limit in (target.shared_per_sm // 2 - 1024, target.shared_per_block):
-        for config in candidates:
-            if config.shared_bytes(m, dtype) <= limit:
-                return dataclasses.replace(config, split_k=_choose_split_k(config, n, k, target))
-    raise NotImplementedError(
-        f"flat_gemm at m = {m} does not fit the {target.shared_per_block} bytes of {target.name}: use dense"
-    )
+    return sizes_n, sizes_k
 
 
 def _choose_split_k(config: FlatGemmConfig, n: int, k: int, target: Target) -> int:
