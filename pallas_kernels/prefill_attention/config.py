@@ -105,9 +105,8 @@ def choose_config(
 ) -> PrefillAttentionConfig:
     """The rule, not measured on any card.
 
-    As many columns as the registers hold without spilling: 64, 48 if values are split in two parts (float16 with a
-    unified maximum), 32 for head_dim over 128. Blocks of 64 slots and the
-    most stages, up to 4, with which two blocks share a multiprocessor, so that one computes while the other waits; if
+    As many columns as the registers hold without spilling: 64, 48 for head_dim over 96 or values split in two parts
+    (float16 with a unified maximum), 32 for head_dim over 128. Blocks of 64 slots and the most stages, up to 4, with which two blocks share a multiprocessor, so that one computes while the other waits; if
     not even two stages do, those that fit one block; then the same with 32 slots.
 
     Raises:
@@ -115,7 +114,7 @@ def choose_config(
     """
     if max_len < 32:
         raise NotImplementedError(f"the kernel reads 32 slots at a time: give the cache at least 32; got {max_len=}")
-    max_columns = 32 if head_dim > 128 else 48 if two_parts else 64
+    max_columns = 32 if head_dim > 128 else 48 if two_parts or head_dim > 96 else 64
     for block_kv in (64, 32):
         if block_kv > max_len:
             continue

@@ -8,7 +8,6 @@ ends at the last; other blocks of queries read the same keys and values again, a
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -151,8 +150,12 @@ def _run(plan: _Plan, inputs: Sequence[Array], interpret: Any) -> tuple[Array, A
     results = [jax.ShapeDtypeStruct(query.shape, query.dtype)]
     if plan.flash.unified_max is not None:
         results.append(jax.ShapeDtypeStruct(tuple(grid.values()), jnp.int32))
+
+    def prefill_attention(*refs: Ref) -> None:  # the kernel's name in profiles and reports
+        _attend_kernel(plan, *refs)
+
     kernel = plgpu.kernel(
-        functools.partial(_attend_kernel, plan),
+        prefill_attention,
         out_type=tuple(results),
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
