@@ -1,11 +1,19 @@
 """The products of a decode step against their definition, interpreted as Hopper runs them; and what is refused.
 
-One body for both implementations. Faults that were put into the kernels, and what turned red here:
+One body for both implementations. Faults that were put into the kernels, and the cases that turned red:
 
-    copy into the wrong slot (`i + ahead + 1`)               race
-    the first split one step short                           [split norm]
-    mean of squares over a step instead of k                 [norm]
-    gate without up                                          [gated]
+    copy into the wrong slot (`i + ahead + 1`)               all: race
+    mean of squares over a step instead of k                 norm, gated
+    statistics without the loads left over by eight          layer norm, and gemv's norm
+    LayerNorm without the shift by the first element,        layer norm; a mean far from zero
+      or without the mean
+    LayerNorm without its bias                               layer norm bias
+    gemv drops its first row, or multiplies one twice        gemv: plain, residual
+    gemv leaves padding what bias and residual make of it    gemv: bias, residual
+    the last block starts 8 rows early                       tail
+    the last block starts where it would without a tail      tail: race, wrong results
+    the last block stores all its columns                    tail: race
+    gate without up                                          gated
 """
 
 from __future__ import annotations

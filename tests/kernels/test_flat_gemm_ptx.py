@@ -1,14 +1,16 @@
 """The products of a decode step, compiled for cards that are not here: their PTX executed, and looked at.
 
-Faults that were put into the kernels, and what turned red here:
+Faults that were put into the kernels, and what turned red:
 
-    wait for one copy less (`plan.copies * newer + 1`)       "in-flight"
-    copy into the wrong slot (`i + ahead + 1`)               "in-flight"
-    no barrier in `arrive` before the count is read          [split]: "race"
-    `relaxed` instead of `acq_rel` in `arrive`                [split]: "race"
-    the first split one step short                           [split]
+    wait for one copy less (`plan.copies * newer + 1`)       all, gemv too: "in-flight"
+    copy into the wrong slot (`i + ahead + 1`)               all, gemv too: "in-flight"
+    no barrier in `arrive` after the count is told           split: "race"
+    `relaxed` instead of `acq_rel` in `arrive`                split, gemv split: "race"
+    the first split one step short (interpreted, it hangs)   split, gemv split
     counters not reset                                       test_products_share_counters_and_leave_them_at_zero
-    mean of squares over a step instead of k                 [norm]
+    the last block starts where it would without a tail      tail, gemv tail: "out-of-bounds"
+
+Not found: `arrive` without its barrier before the atomic.
 """
 
 from __future__ import annotations

@@ -1,4 +1,12 @@
-"""The fused query, key and value product: normed, rotated, and appended to the cache, by the kernel that multiplies."""
+"""The fused query, key and value product: normed, rotated, and appended to the cache, by the kernel that multiplies.
+
+Faults that were put into the kernels, and the interpreted cases that turned red:
+
+    norm of a head over half of it                           head norms
+    queries' gain for keys                                   head norms
+    values turned                                            plain, bias
+    padding appended to the cache                            all with padding: race
+"""
 
 from __future__ import annotations
 
