@@ -10,7 +10,7 @@ Faults that were put into the kernels, and what turned red:
     counters not reset                                       test_products_share_counters_and_leave_them_at_zero
     the last block starts where it would without a tail      tail, gemv tail: "out-of-bounds"
 
-Not found: `arrive` without its barrier before the atomic.
+Not found: `arrive` without its barrier before the atomic, for Mosaic puts one of its own behind a store.
 """
 
 from __future__ import annotations
