@@ -6,14 +6,17 @@ MAX_NEW_TOKENS ?= 128
 export JAXDECODE_PYTHON
 BIN := .venv/bin
 
-.PHONY: demo test test-live test-compiled test-shapes lint types env env-hf env-check weights clean
+# Two processes, each test file in one of them.
+PYTEST := -m pytest -n 2 --dist loadfile
+
+.PHONY: demo test test-live test-compiled test-mutations kernel-report lint types env env-hf env-check weights clean
 
 demo: env
 	@$(BIN)/python scripts/demo.py --max-new-tokens $(MAX_NEW_TOKENS) -- "$$DEMO_QUESTION"
 demo: export DEMO_QUESTION := $(value QUESTION)
 
 test: lint types weights
-	$(BIN)/python -m pytest --ignore tests/live
+	$(BIN)/python $(PYTEST) --ignore tests/live
 
 # The same models in transformers and torch, in an environment of their own.
 test-live: env-hf weights
@@ -21,12 +24,16 @@ test-live: env-hf weights
 
 # Programs compiled for cards that are not here, and run: an environment that also holds NVIDIA's compiler.
 test-compiled: env-check
-	.venv-check/bin/python -m pytest tests/aot tests/ptx tests/kernels -k "not interpreted and not real_shapes" \
-	  --ignore tests/kernels/test_decode_attention.py
+	.venv-check/bin/python $(PYTEST) tests/aot tests/ptx tests/kernels -k "not interpreted"
+	.venv-check/bin/python benchmarks/kernel_report.py --batch 1 --batch 8 --context 1024
 
-# The kernels compiled at the shapes of real models.
-test-shapes: env-check
-	.venv-check/bin/python -m pytest tests/kernels -k real_shapes
+# Every kernel compiled at every shape of the paper's models: most of half an hour.
+kernel-report: env-check
+	.venv-check/bin/python benchmarks/kernel_report.py
+
+# Faults planted in the kernels, each found by a test.
+test-mutations: env-check
+	.venv-check/bin/python tests/mutations.py
 
 lint: env
 	$(BIN)/ruff check .

@@ -63,7 +63,7 @@ MUTATIONS = (
         file="decode_attention/mosaic_gpu.py",
         before="weights_dtype=query.dtype if unified_max is None else jnp.dtype(jnp.bfloat16)",
         after="weights_dtype=query.dtype",
-        test=f"{_DECODE}::test_maximum_at_the_lower_end_does_not_overflow[float16]",
+        test=f"{_DECODE}::test_interpreted_maximum_at_the_lower_end_does_not_overflow[float16]",
     ),
     Mutation(
         name="heads of another KV head",
@@ -84,14 +84,14 @@ MUTATIONS = (
         file="flash.py",
         before="shared.wanted[...] = unsound",
         after="shared.wanted[...] = real",
-        test=f"{_DECODE}::test_only_overflowed_rows_are_recomputed[1-float16]",
+        test=f"{_DECODE}::test_interpreted_only_overflowed_rows_are_recomputed[1-float16]",
     ),
     Mutation(
         name="overflow not looked for",
         file="flash.py",
         before="added = jnp.where(scores > flash.safe_end, math.inf, added)",
         after="pass",
-        test=f"{_DECODE}::test_only_overflowed_rows_are_recomputed[1-bfloat16]",
+        test=f"{_DECODE}::test_interpreted_only_overflowed_rows_are_recomputed[1-bfloat16]",
     ),
     Mutation(
         name="attention waits for one step less",

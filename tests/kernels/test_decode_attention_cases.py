@@ -6,11 +6,10 @@ import dataclasses
 
 import ml_dtypes
 import numpy as np
+import tolerance
 
 from pallas_kernels.decode_attention.config import DecodeAttentionConfig
 
-# Of outputs around 1. The unified maximum rounds its weights to bfloat16, whatever the cache holds.
-TOLERANCE = {("float16", False): 1e-3, ("float16", True): 4e-3, ("bfloat16", False): 1e-2, ("bfloat16", True): 1e-2}
 SMALL = DecodeAttentionConfig(block_kv=32, num_stages=3, split_kv=2)
 WIDE = (-30.0, 30.0)
 
@@ -48,7 +47,7 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        return TOLERANCE[self.dtype, self.unified_max is not None]
+        return (tolerance.ONLINE if self.unified_max is None else tolerance.UNIFIED)[self.dtype]
 
     @property
     def options(self) -> dict:

@@ -31,9 +31,7 @@ def prompts() -> tuple[jax.Array, jax.Array]:
 def test_interpreted_kernels_generate_the_same_tokens(config):
     params = init_params(config, jax.random.key(0), jnp.bfloat16)
     made = {
-        name: jit_generate(
-            params, config, *prompts(), jax.random.key(0), max_new_tokens=6, implementation=name
-        )
+        name: jit_generate(params, config, *prompts(), jax.random.key(0), max_new_tokens=6, implementation=name)
         for name in ("reference", INTERPRET)
     }
     np.testing.assert_array_equal(made[INTERPRET].tokens, made["reference"].tokens)

@@ -9,17 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import needs_compiler
 from decode_step import loop, one_step
 from ptx.chain import Chain
+from tolerance import STEP
 
-from jaxdecode.aot import CompiledProgram, compile_program, compiler_installed
+from jaxdecode.aot import CompiledProgram, compile_program
 from jaxdecode.aot.program import walk
 from jaxdecode.cache import KVCache, init_cache
 from jaxdecode.config import ModelConfig, UnifiedMax
 from jaxdecode.engine import step
 from jaxdecode.models import init_params
 
-pytestmark = pytest.mark.skipif(not compiler_installed(), reason='needs pip install "jaxdecode[check]"')
+pytestmark = needs_compiler
 
 LLAMA = ModelConfig(
     model_type="llama", vocab_size=256, embed_dim=256, mlp_dim=192, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -46,7 +48,6 @@ LLAMA2_7B = ModelConfig(
 )  # fmt: skip
 LOOPS = {f"{card} batch={batch}": (card, batch) for card in ("a100-80g-sxm", "rtx-3090") for batch in (1, 8)}
 BLOCK_KV = 64
-TOLERANCE = {"float16": 0.01, "bfloat16": 0.06}  # of logits around 1
 
 
 def filled_cache(config: ModelConfig, batch: int, dtype: str) -> KVCache:
@@ -78,7 +79,7 @@ def test_executed_step(name):
         assert sum("mosaic" in kernel for kernel in chain.launched) >= 5 * config.num_layers
         for ours, theirs in zip(chain.outputs[:-1], expected[:-1], strict=True):
             ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
-            np.testing.assert_allclose(ours, theirs, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+            np.testing.assert_allclose(ours, theirs, atol=STEP[dtype], rtol=STEP[dtype])
         again = np.asarray(expected[-1])
         assert again.any() == bool(config.unified_max)
         np.testing.assert_allclose(chain.outputs[-1], again, atol=1)  # a score beside the end may round to either side

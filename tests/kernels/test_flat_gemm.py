@@ -22,7 +22,8 @@ import dataclasses
 
 import jax.numpy as jnp
 import pytest
-from test_flat_gemm_cases import NORMS, TOLERANCE, Case, blocks
+from test_flat_gemm_cases import NORMS, Case, blocks
+from tolerance import PRODUCT
 
 from pallas_kernels.flat_gemm.config import FlatGemmConfig, choose_config
 from pallas_kernels.interpret import interpret_params
@@ -60,7 +61,7 @@ INTERPRETED = [
 
 @pytest.mark.parametrize(("name", "implementation", "m", "padding", "number"), INTERPRETED)
 def test_interpreted(name, implementation, m, padding, number):
-    dtype = list(TOLERANCE)[number % 2]
+    dtype = list(PRODUCT)[number % 2]
     case = Case(implementation=implementation, m=m, padding=padding, dtype=dtype, **OPTIONS[name])
     arrays = case.arrays()
     found = case.run(arrays, interpret=INTERPRET)

@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import check_kernel, compile_wanted, needs_compiler
 from ptx.chain import Chain
-from test_flat_gemm_cases import Case, blocks, build, check_compiled, compile_all, needs_compiler
+from test_flat_gemm_cases import Case, blocks, build
 
 from jaxdecode.aot import Job, Program
 from pallas_kernels.flat_gemm.config import FlatGemmConfig
@@ -75,22 +76,6 @@ CARDS = {name: "a100-80g-sxm" for name in EXECUTED} | {
     "gemv 4 89": "rtx-4090",
     "gemv gated 89": "rtx-4090",
 }
-OUT = Case(n=4096, k=4096, residual=True, config=None)
-GATE_UP = Case(n=11008, k=4096, norm="rms", gated=True, config=None)
-DOWN = Case(n=4096, k=11008, residual=True, dtype="bfloat16", config=None)
-LOGITS = Case(n=32000, k=4096, norm="rms", config=None)
-OPT_LOGITS = Case(n=50272, k=4096, norm="layer bias", config=None)
-OPT_UP = Case(n=16384, k=4096, norm="layer bias", bias=True, activation="relu", config=None)
-SHAPES = {"out": OUT, "gate_up": GATE_UP, "down": DOWN, "logits": LOGITS, "opt logits": OPT_LOGITS, "opt up": OPT_UP}
-REAL = {  # Llama2-7B's and OPT-6.7B's
-    f"{name} {implementation} m={m} {card}": (
-        dataclasses.replace(case, implementation=implementation, m=m, padding=-m % 8),
-        card,
-    )
-    for card in ("a100-80g-sxm", "rtx-3090", "h100-sxm")
-    for implementation, m in (("flat_gemm", 8), ("flat_gemm", 64), ("gemv", 1), ("gemv", 4))
-    for name, case in SHAPES.items()
-}
 
 
 def case_of(name: str) -> Case:
@@ -111,12 +96,12 @@ def build_chain(case: Case, card: str) -> Program:
 
 
 @pytest.fixture(scope="module")
-def executed():
+def executed(request):
     jobs = {n: Job(build=build, target=find_target(c), args=(case_of(n), c)) for n, c in CARDS.items()}
     a100 = CARDS["split"]
     for name in ("split", "gemv split"):
         jobs[f"{name} chain"] = Job(build=build_chain, target=find_target(a100), args=(EXECUTED[name], a100))
-    return compile_all(jobs)
+    return compile_wanted(request, jobs)
 
 
 @needs_compiler
@@ -132,7 +117,7 @@ def test_executed_ptx(executed, name):
     case.check(found[0], arrays)
     for other in found[1:]:  # whoever arrives last adds in the same order
         np.testing.assert_array_equal(other, found[0])
-    check_compiled(executed[name], tensor_cores=case.implementation == "flat_gemm")
+    check_kernel(executed[name], tensor_cores=case.implementation == "flat_gemm", narrow_copies=True)
 
 
 @needs_compiler
@@ -156,15 +141,3 @@ def test_products_share_counters_and_leave_them_at_zero(executed, name):
 )
 def test_a_product_of_padded_rows_is_one_kernel(executed, name):
     assert [thunk.kind for thunk in executed[name].thunks] == ["custom_call"]
-
-
-@pytest.fixture(scope="module")
-def real():
-    return compile_all({n: Job(build=build, target=find_target(o[1]), args=o) for n, o in REAL.items()})
-
-
-@needs_compiler
-@pytest.mark.parametrize("name", REAL)
-def test_compiled_for_real_shapes(real, name):
-    check_compiled(real[name], tensor_cores=REAL[name][0].implementation == "flat_gemm")
-    assert len(real[name].thunks) == 1

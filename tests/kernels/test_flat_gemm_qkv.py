@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import check_kernel, compile_wanted, needs_compiler
 from ptx.chain import Chain
-from test_flat_gemm_cases import blocks, check_compiled, close, compile_all, needs_compiler, norm_of
+from test_flat_gemm_cases import blocks, close, norm_of
 
 from jaxdecode.aot import Job, Program
 from pallas_kernels.flat_gemm import mosaic_gpu, reference
@@ -173,20 +174,10 @@ def build(case: Case, card: str) -> Program:
     return Program(function=run, args=(caches, arrays), jit_options={"donate_argnums": 0})
 
 
-LLAMA = Case(k=4096, num_heads=32, num_kv_heads=32, head_dim=128, rotary_dim=128, max_len=4096, config=None)
-CHATGLM2 = Case(k=4096, num_heads=32, num_kv_heads=2, head_dim=128, bias=True, max_len=4096, config=None)
-OPT = dataclasses.replace(LLAMA, norm="layer bias", rotary_dim=0, bias=True, max_len=2048)
-QWEN3 = dataclasses.replace(LLAMA, num_kv_heads=8, head_norms=("q_norm", "k_norm"), dtype="bfloat16")
-REAL = {
-    f"{name} {implementation} batch={batch} {card}": (
-        dataclasses.replace(case, implementation=implementation, batch=batch, padding=-batch % 8),
-        card,
-    )
-    for card in ("a100-80g-sxm", "rtx-3090", "h100-sxm")
-    for implementation, batch in (("flat_gemm", 8), ("flat_gemm", 64), ("gemv", 1), ("gemv", 4))
-    for name, case in {"llama2": LLAMA, "chatglm2": CHATGLM2, "opt": OPT, "qwen3": QWEN3}.items()
-    if (name, batch, card) != ("qwen3", 64, "rtx-3090")  # refused, see below
-}
+QWEN3 = Case(
+    k=4096, num_heads=32, num_kv_heads=8, head_dim=128, rotary_dim=128, head_norms=("q_norm", "k_norm"),
+    dtype="bfloat16", config=None,
+)  # fmt: skip
 CARDS = {name: "a100-80g-sxm" for name in CASES} | {
     "bias flat_gemm 86": "rtx-3090",
     "bias gemv 86": "rtx-3090",
@@ -200,8 +191,9 @@ def case_of(name: str) -> Case:
 
 
 @pytest.fixture(scope="module")
-def executed():
-    return compile_all({n: Job(build=build, target=find_target(c), args=(case_of(n), c)) for n, c in CARDS.items()})
+def executed(request):
+    jobs = {n: Job(build=build, target=find_target(c), args=(case_of(n), c)) for n, c in CARDS.items()}
+    return compile_wanted(request, jobs)
 
 
 @needs_compiler
@@ -218,23 +210,7 @@ def test_executed_ptx(executed, name):
     for other in found[1:]:  # whoever arrives last adds in the same order
         for one, same in zip(other[:3], found[0][:3], strict=True):
             np.testing.assert_array_equal(one.view(np.uint16), same.view(np.uint16))
-    check_compiled(executed[name], tensor_cores=case.implementation == "flat_gemm")
-
-
-@pytest.fixture(scope="module")
-def real():
-    return compile_all({n: Job(build=build, target=find_target(o[1]), args=o) for n, o in REAL.items()})
-
-
-@needs_compiler
-@pytest.mark.parametrize("name", REAL)
-def test_compiled_for_real_shapes(real, name):
-    program, (case, _) = real[name], REAL[name]
-    check_compiled(program, tensor_cores=case.implementation == "flat_gemm")
-    assert len(program.thunks) == 1
-    cache_bytes = 2 * case.batch * case.num_kv_heads * case.max_len * case.head_dim
-    assert program.memory.aliased == 2 * cache_bytes + 4 * 1024  # caches and counters stay where they are
-    assert program.memory.temporaries < 32 << 20
+    check_kernel(executed[name], tensor_cores=case.implementation == "flat_gemm", narrow_copies=True)
 
 
 @pytest.mark.parametrize(

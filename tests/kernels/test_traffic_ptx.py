@@ -8,15 +8,16 @@ import jax
 import numpy as np
 import pytest
 import test_decode_attention_ptx as attention
+from compiled import needs_compiler
 from ptx.chain import Chain
 from test_decode_attention_cases import Case as AttentionCase
 from test_flat_gemm_cases import Case, blocks, build
 
-from jaxdecode.aot import compile_program, compiler_installed
+from jaxdecode.aot import compile_program
 from jaxdecode.aot.traffic import decode_attention_traffic, product_traffic
 from pallas_kernels.decode_attention.config import DecodeAttentionConfig
 
-pytestmark = pytest.mark.skipif(not compiler_installed(), reason='needs pip install "jaxdecode[check]"')
+pytestmark = needs_compiler
 
 A100 = "a100-80g-sxm"
 PRODUCTS = {
