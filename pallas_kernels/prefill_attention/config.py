@@ -106,7 +106,8 @@ def choose_config(
     """The rule, not measured on any card.
 
     As many columns as the registers hold without spilling: 64, 48 for head_dim over 96 or values split in two parts
-    (float16 with a unified maximum), 32 for head_dim over 128. Blocks of 64 slots and the most stages, up to 4, with which two blocks share a multiprocessor, so that one computes while the other waits; if
+    (float16 with a unified maximum), 32 for head_dim over 128. Blocks of 64 slots and the most stages, up to 4, with
+    which two blocks share a multiprocessor, so that one computes while the other waits; if
     not even two stages do, those that fit one block; then the same with 32 slots.
 
     Raises:
