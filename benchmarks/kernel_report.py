@@ -151,7 +151,7 @@ def requests(cell: Cell, grid: tuple[int, int, int]) -> tuple[str, Traffic | Non
             head_dim=shape.head_dim,
             target=cell.target,
         )
-        traffic = decode_attention_traffic(config, [cell.context] * cell.batch, **heads, itemsize=itemsize)
+        traffic = decode_attention_traffic(config, [cell.context - 1] * cell.batch, **heads, itemsize=itemsize)
         return "mosaic_gpu", traffic, int(2 * config.num_stages * config.block_kv * shape.head_dim * itemsize / thread)
     n, k = shape.products()[cell.op]
     segments = 2 if cell.op == "qkv" or (cell.op == "up" and shape.gated) else 1

@@ -59,6 +59,10 @@ class UnifiedMax:
     lowest: float
     highest: float
 
+    def __post_init__(self):
+        if not self.lowest < self.highest:
+            raise ValueError(f"a range of scores goes from lowest up to highest; got {self.lowest} and {self.highest}")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:

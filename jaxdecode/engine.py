@@ -19,7 +19,7 @@ from jaxdecode.cache import KVCache, append_chunk
 from jaxdecode.config import ModelConfig, UnifiedMax
 from jaxdecode.layers import Kernels, Projection
 from jaxdecode.models import Params, bind_layer, bind_model, project
-from pallas_kernels.dataflow import INTERPRET, device_of, padded_rows
+from pallas_kernels.dataflow import INTERPRET, padded_rows, runs_kernels
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.flat_gemm import qkv_linear
 from pallas_kernels.heads import Rope
@@ -77,13 +77,13 @@ def step(
       Logits [batch, vocab_size] float32 of the next token; the cache, its `lengths` left as they were; and how many
       rows of attention left the range of their unified maximum, [batch].
     """
-    model, batch = bind_model(config, params), tokens.shape[0]
-    device = device_of(implementation)
+    model, batch, dtype = bind_model(config, params), tokens.shape[0], cache.keys[0].dtype
     # padded once, so that no product has to: their kernels work on eight rows at a time
-    padding = padded_rows(batch, dtype=cache.keys[0].dtype, device=device) - batch
+    padding = padded_rows(batch, implementation, dtype) - batch
     positions = jnp.pad(cache.lengths, (0, padding))
     rope = model.rope(positions, positions + 1)
-    counters = jax.new_ref(_zero_counters(config, batch)) if device and implementation != INTERPRET else None
+    count = runs_kernels(implementation, dtype) and implementation != INTERPRET
+    counters = jax.new_ref(_zero_counters(config, batch)) if count else None
     valid_m = batch if padding else None
     lengths = cache.lengths + 1
 

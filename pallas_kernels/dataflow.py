@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from pallas_kernels.targets import INTERPRETED, Target, this_device
+from pallas_kernels.targets import INTERPRETED, Target, this_device, why_none
 
 INTERPRET = "mosaic_gpu_interpret"
 BACKENDS = {
@@ -81,7 +81,8 @@ def choose_attention(
     op: str, *, head_dim: int, q_per_kv: int, max_len: int, dtype: DTypeLike, device: Target | None
 ) -> Choice:
     """What "decode_attention" or "prefill_attention" runs as: "mosaic_gpu" or "xla"."""
-    from pallas_kernels.decode_attention.config import choose_config
+    from pallas_kernels.decode_attention.config import choose_config as choose_decode
+    from pallas_kernels.prefill_attention.config import choose_config as choose_prefill
 
     if why := no_kernels(dtype, device):
         return Choice("xla", f"rule: {why}")
@@ -89,8 +90,11 @@ def choose_attention(
         return Choice("xla", "rule: the kernels take head_dim % 16 = 0 up to 256, q_per_kv ≤ 32 and max_len % 8 = 0")
     try:
         assert device is not None  # no_kernels has seen it
-        shape = {"q_per_kv": q_per_kv, "max_len": max_len, "head_dim": head_dim}
-        choose_config(batch=1, num_kv_heads=1, **shape, target=device)
+        if op == "prefill_attention":
+            choose_prefill(q_per_kv=q_per_kv, max_len=max_len, head_dim=head_dim, target=device)
+        else:
+            shape = {"q_per_kv": q_per_kv, "max_len": max_len, "head_dim": head_dim}
+            choose_decode(batch=1, num_kv_heads=1, **shape, target=device)
     except NotImplementedError as error:
         return Choice("xla", f"rule: {error}")
     return Choice("mosaic_gpu", f"rule: {op} on a GPU, not measured")
@@ -101,11 +105,11 @@ def device_of(implementation: str | None) -> Target | None:
     return INTERPRETED if implementation == INTERPRET else this_device()
 
 
-def padded_rows(batch: int, *, dtype: DTypeLike, device: Target | None) -> int:
+def padded_rows(batch: int, implementation: str | None, dtype: DTypeLike) -> int:
     """Rows to give the activations of a decode step, so that no product has to pad them."""
     from pallas_kernels.flat_gemm.config import MAX_M
 
-    if no_kernels(dtype, device) or batch > MAX_M:
+    if batch > MAX_M or not runs_kernels(implementation, dtype):
         return batch
     return -(-batch // ROW_TILE) * ROW_TILE
 
@@ -151,9 +155,14 @@ def resolve(
 def no_kernels(dtype: DTypeLike, device: Target | None) -> str | None:
     """Why no kernel of ours can run at all."""
     if device is None:
-        return "there is no NVIDIA GPU here"
-    if device.compute_capability < (8, 0):
-        return f"the kernels need compute capability 8.0; {device.name} has {device.arch}"
+        return why_none()
     if jnp.dtype(dtype) not in (jnp.float16, jnp.bfloat16):
         return f"the kernels take float16 and bfloat16; got {jnp.dtype(dtype).name}"
     return None
+
+
+def runs_kernels(implementation: str | None, dtype: DTypeLike) -> bool:
+    """Whether any operation may run as a kernel of ours."""
+    if implementation in ("reference", "xla", "dense"):
+        return False
+    return no_kernels(dtype, device_of(implementation)) is None

@@ -33,6 +33,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import nvvm
 
 from pallas_kernels.decode_attention.config import column_tile, m_warps
+from pallas_kernels.safe_range import least_sum
 
 LOG2E = math.log2(math.e)
 LOWEST = -3e38  # stands for "no score yet"; finite, so that a difference of two is no NaN
@@ -75,11 +76,6 @@ class Flash:
     def tile(self) -> int:
         """Columns of a swizzled tile in shared memory: the widest of which head_dim is a multiple."""
         return _tile(self.head_dim)
-
-    @property
-    def least_sum(self) -> float:
-        """Under it a thousandth of a denominator may have vanished: each weight under float32's least normal does."""
-        return float(jnp.finfo(jnp.float32).tiny) * 1024 * self.max_len
 
     # operands and results of the two products
     scores = _layout("MMA_ACC", "block_kv")
@@ -346,7 +342,7 @@ def finish(
     _write(flash, shared, row_of, out, sums + (1.0 - seen))  # 0 / 1 where nothing is seen
     if flash.unified_max is None:
         return None
-    sound = (sums >= flash.least_sum) & (sums < math.inf)  # also false for NaN
+    sound = (sums >= least_sum(flash.max_len)) & (sums < math.inf)  # also false for NaN
     unsound = jnp.where(sound, 0.0, real) * seen
     count = jnp.sum(unsound)
 

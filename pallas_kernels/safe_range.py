@@ -25,8 +25,13 @@ def check_range(unified_max: float | None, safe_range: tuple[float, float] | Non
         )
 
 
+def least_sum(max_len: int) -> float:
+    """Under it a thousandth of a denominator may have vanished: each weight under float32's least normal does."""
+    return float(jnp.finfo(jnp.float32).tiny) * 1024 * max_len
+
+
 def is_unsafe(scores: Array, visible: Array, unified_max: float, safe_range: tuple[float, float]) -> Array:
-    """[..., rows, slots] -> [..., rows]: a score above the range, or a denominator that is zero or subnormal."""
+    """[..., rows, slots] -> [..., rows]: a score above the range, or a denominator too small for all its weights."""
     high = jnp.where(visible, scores, -jnp.inf).max(axis=-1)
     total = jnp.where(visible, jnp.exp(scores - unified_max), 0.0).sum(axis=-1)
-    return visible.any(axis=-1) & ((high > safe_range[1]) | (total < jnp.finfo(jnp.float32).tiny))
+    return visible.any(axis=-1) & ((high > safe_range[1]) | (total < least_sum(scores.shape[-1])))

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from typing import Any
+
+_NVIDIA = ("gpu", "cuda")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +114,15 @@ def find_target(name: str) -> Target:
     raise ValueError(f"no target {name!r}{hint}; there are {', '.join(TARGETS)}")
 
 
+def why_none() -> str:
+    """Why `this_device` knows none."""
+    device = _device()
+    if device.platform not in _NVIDIA:
+        return "there is no NVIDIA GPU here"
+    capability = getattr(device, "compute_capability", "unknown")
+    return f"no limits are known for {device.device_kind}, compute capability {capability}"
+
+
 def this_device() -> Target | None:
     """The card that JAX runs on; None if it is not an NVIDIA card, or none of a capability we know.
 
@@ -119,13 +131,9 @@ def this_device() -> Target | None:
     the table is taken for the one of its compute capability with the nearest number of multiprocessors: the limits are
     then right, bandwidth and memory are not.
     """
-    import jax
-
-    device = jax.config.jax_default_device or jax.devices()[0]
-    if isinstance(device, str):
-        device = jax.devices(device)[0]
+    device = _device()
     capability = getattr(device, "compute_capability", None)
-    if device.platform not in ("gpu", "cuda") or not isinstance(capability, str) or "." not in capability:
+    if device.platform not in _NVIDIA or not isinstance(capability, str) or "." not in capability:
         return None
     for target in TARGETS.values():
         if target.name == device.device_kind:
@@ -133,3 +141,10 @@ def this_device() -> Target | None:
     major, _, minor = capability.partition(".")
     alike = [target for target in TARGETS.values() if target.compute_capability == (int(major), int(minor))]
     return min(alike, key=lambda target: abs(target.num_sms - device.core_count), default=None)
+
+
+def _device() -> Any:
+    import jax
+
+    device = jax.config.jax_default_device or jax.devices()[0]
+    return jax.devices(device)[0] if isinstance(device, str) else device

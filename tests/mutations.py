@@ -3,8 +3,8 @@
     python tests/mutations.py            # all of them: about half a minute each
     python tests/mutations.py fp16 mask  # those whose names hold one of the words
 
-A fault is found if the test fails, and says what `shows` if that is given: for those that only execution sees, the kind
-of fault of `ptx/faults.py`. The tests are run unchanged first.
+A fault is found if the test fails and says what `shows`: a wrong result, or for faults that only execution sees their
+kind in `ptx/faults.py`. The tests are run unchanged first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Mutation:
     before: str
     after: str
     test: str
-    shows: str = ""
+    shows: str = "AssertionError"
 
 
 _DECODE = "tests/kernels/test_decode_attention.py"
@@ -152,7 +152,7 @@ MUTATIONS = (
         file="flat_gemm/epilogue.py",
         before="kv_head, refs.lengths[row], pl.ds",
         after="kv_head, refs.lengths[0], pl.ds",
-        test="tests/kernels/test_flat_gemm_qkv.py",
+        test="tests/kernels/test_flat_gemm_qkv.py::test_executed_ptx[plain flat_gemm]",
     ),
 )
 

@@ -6,14 +6,17 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from pallas_kernels.dataflow import choose_implementation
+from pallas_kernels.dataflow import choose_attention, choose_implementation
+from pallas_kernels.decode_attention import config as decode_config
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.flat_gemm import gated_linear, linear, qkv_linear
+from pallas_kernels.flat_gemm.config import choose_config
 from pallas_kernels.fold import fold_batch
 from pallas_kernels.heads import append_token
 from pallas_kernels.norm import Norm
+from pallas_kernels.prefill_attention import config as prefill_config
 from pallas_kernels.prefill_attention import prefill_attention
-from pallas_kernels.targets import find_target
+from pallas_kernels.targets import TARGETS, find_target
 from pallas_kernels.weights import QuantizedWeight
 
 A100 = find_target("a100-80g-sxm")
@@ -272,6 +275,45 @@ def test_the_choice_states_its_reason():
     for m, device, name in ((1, None, "dense"), (1, A100, "gemv"), (8, A100, "flat_gemm"), (65, A100, "dense")):
         choice = choose_implementation("linear", m=m, device=device, **shape)
         assert choice.implementation == name and choice.reason.startswith("rule: ")
+
+
+def test_what_a_kernel_does_not_take_is_left_to_xla(monkeypatch):
+    monkeypatch.setattr("pallas_kernels.dataflow.this_device", lambda: A100)
+    monkeypatch.setattr("pallas_kernels.flat_gemm.api._kernels", lambda: pytest.fail("a kernel was called"))
+    x, weight = normal(0, 8, 64, dtype=jnp.float16), normal(1, 128, 64)
+    linear(x, weight)  # another type
+    linear(x.astype(jnp.float32), weight)
+    linear(x, QuantizedWeight(jnp.ones((128, 64), jnp.int8), jnp.ones((128, 1))))
+    linear(x[:, :40], weight[:, :40].astype(jnp.float16))  # k % 32
+    cache, lengths = normal(2, 8, 1, 32, 64), jnp.zeros(8, jnp.int32)
+    heads = {"rope": None, "lengths": lengths}
+    weight = normal(3, 4 * 64, 64, dtype=jnp.float16)
+    qkv_linear(x, weight, keys=cache, values=cache, **heads)  # a cache of another type
+    narrow, norm = cache.astype(jnp.float16), Norm(weight=jnp.ones(64, jnp.float16), centered=True)
+    qkv_linear(x, weight, keys=narrow, values=narrow, q_norm=norm, **heads)  # a LayerNorm of heads
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("op", ["decode_attention", "prefill_attention"])
+def test_what_attention_is_chosen_to_be_has_blocks(target, op):
+    configs = {"decode_attention": decode_config, "prefill_attention": prefill_config}
+    for head_dim in (16, 64, 80, 96, 128, 256):
+        for q_per_kv in range(1, 33):
+            shape = {"head_dim": head_dim, "q_per_kv": q_per_kv, "max_len": 4096}
+            choice = choose_attention(op, **shape, dtype="bfloat16", device=TARGETS[target])
+            if choice.implementation == "mosaic_gpu":
+                more = {"batch": 1, "num_kv_heads": 1} if op == "decode_attention" else {}
+                configs[op].choose_config(**shape, **more, target=TARGETS[target])
+            else:
+                assert "do not fit" in choice.reason
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("n", "k", "segments"), [(12288, 4096, 2), (4096, 11008, 1), (32000, 4096, 1), (576, 1536, 1)])
+def test_rows_padded_to_eight_are_padded_no_further(target, n, k, segments):
+    for m in range(8, 65, 8):
+        config = choose_config(m, n, k, "float16", TARGETS[target], segments=segments)
+        assert config.pad_m(m) == m
 
 
 def test_the_shapes_in_signatures_are_checked():

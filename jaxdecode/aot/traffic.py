@@ -47,10 +47,12 @@ def decode_attention_traffic(
 ) -> Traffic:
     """Of the newest queries over caches with `lengths` valid slots; queries are the activations."""
     slot = 2 * num_kv_heads * head_dim * itemsize
-    valid = blocks = 0
+    valid = blocks = splits = 0
     for length in lengths:
         start = max(0, length - window) if window else 0
-        valid += length - start
-        blocks += -(-length // config.block_kv) - start // config.block_kv
-    activations = sum(min(config.split_kv, max(1, length)) for length in lengths) * num_heads * head_dim * itemsize
+        mine = -(-length // config.block_kv) - start // config.block_kv
+        valid, blocks = valid + length - start, blocks + mine
+        each = max(1, -(-mine // config.split_kv))
+        splits += max(1, -(-mine // each))
+    activations = splits * num_heads * head_dim * itemsize
     return Traffic(least=valid * slot, requested=blocks * config.block_kv * slot, activations=activations)

@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from pallas_kernels.dataflow import choose_implementation, device_of, resolve
+from pallas_kernels.dataflow import Choice, choose_implementation, device_of, resolve, runs_kernels
 from pallas_kernels.flat_gemm import dense, reference
 from pallas_kernels.fold import fold_batch
 from pallas_kernels.heads import Rope
@@ -56,15 +56,16 @@ def linear(
       NotImplementedError: unknown implementation, or one that does not take these types or sizes.
     """
     _check(x, weight, activation)
-    options = {"norm": norm, "activation": activation, "residual": residual, "out_dtype": out_dtype or x.dtype}
-    name, launch = _choose("linear", x, weight, valid_m, implementation, counters)
-    if launch is None:
-        return _PLAIN[name].linear(x, weight, bias, **options)
 
-    def run(x: Array, residual: Array | None, weight: Array, bias: Array | None, norm: Norm | None) -> Array:
-        rest = {"activation": activation, "out_dtype": options["out_dtype"], "valid_m": valid_m}
-        return _kernels().linear(x, weight, bias, norm=norm, residual=residual, launch=launch, **rest)
+    def run(x: Array, residual: Array | None, weight: Any, bias: Array | None, norm: Norm | None) -> Array:
+        name, launch = _choose("linear", x, weight, valid_m, implementation, counters)
+        options = {"norm": norm, "activation": activation, "residual": residual, "out_dtype": out_dtype or x.dtype}
+        if launch is None:
+            return _PLAIN[name].linear(x, weight, bias, **options)
+        return _kernels().linear(x, weight, bias, **options, valid_m=valid_m, launch=launch)
 
+    if _is_plain(implementation, x):
+        return run(x, residual, weight, bias, norm)
     n = weight.shape[0]
     flat = None if residual is None else residual.reshape(-1, n)
     y = _foldable(run, counters, valid_m, rows=2)(x.reshape(-1, x.shape[-1]), flat, weight, bias, norm)
@@ -99,14 +100,16 @@ def gated_linear(
     _check(x, weight, activation)
     if weight.shape[0] % 2:
         raise ValueError(f"x[..., k] needs a weight[2 * n, k]; got {x.shape} and {weight.shape}")
-    name, launch = _choose("gated_linear", x, weight, valid_m, implementation, counters, segments=2)
-    if launch is None:
-        return _PLAIN[name].gated_linear(x, weight, bias, norm=norm, activation=activation)
 
-    def run(x: Array, weight: Array, bias: Array | None, norm: Norm | None) -> Array:
-        options = {"activation": activation, "valid_m": valid_m, "launch": launch}
-        return _kernels().gated_linear(x, weight, bias, norm=norm, **options)
+    def run(x: Array, weight: Any, bias: Array | None, norm: Norm | None) -> Array:
+        name, launch = _choose("gated_linear", x, weight, valid_m, implementation, counters, segments=2)
+        options = {"norm": norm, "activation": activation}
+        if launch is None:
+            return _PLAIN[name].gated_linear(x, weight, bias, **options)
+        return _kernels().gated_linear(x, weight, bias, **options, valid_m=valid_m, launch=launch)
 
+    if _is_plain(implementation, x):
+        return run(x, weight, bias, norm)
     y = _foldable(run, counters, valid_m, rows=1)(x.reshape(-1, x.shape[-1]), weight, bias, norm)
     return y.reshape(*x.shape[:-1], weight.shape[0] // 2)
 
@@ -162,33 +165,62 @@ def qkv_linear(
         "rotary_dim": 0 if rope is None else 2 * rope[0].shape[-1],
         "head_norms": q_norm is not None or k_norm is not None,
     }
-    name, launch = _choose("qkv_linear", x, weight, batch, implementation, counters, segments=2, **heads)
-    if launch is None:
-        options = {"rope": rope, "keys": keys, "values": values, "lengths": lengths, "norm": norm}
-        return _PLAIN[name].qkv_linear(x, weight, bias, q_norm=q_norm, k_norm=k_norm, **options)
 
     def run(x, rope, keys, values, lengths, weight, bias, norms) -> tuple[Array, Array, Array]:
+        options = dict(zip(("norm", "q_norm", "k_norm"), norms, strict=True)) | {"lengths": lengths}
+        why_dense = _why_dense(x, keys, norms[1:])
+        rows = keys.shape[0]
+        name, launch = _choose("qkv_linear", x, weight, rows, implementation, counters, why_dense, segments=2, **heads)
+        if launch is None:
+            return _PLAIN[name].qkv_linear(x, weight, bias, rope=rope, keys=keys, values=values, **options)
         refs = {"keys": jax.new_ref(keys), "values": jax.new_ref(values)}
         cos, sin = rope or (None, None)
-        names = dict(zip(("norm", "q_norm", "k_norm"), norms, strict=True))
-        angles = {"cos": cos, "sin": sin}
-        query = _kernels().qkv_linear(x, weight, bias, **angles, **refs, lengths=lengths, **names, launch=launch)
+        query = _kernels().qkv_linear(x, weight, bias, cos=cos, sin=sin, **refs, **options, launch=launch)
         return query, jax.freeze(refs["keys"]), jax.freeze(refs["values"])
 
-    valid_m = None if x.shape[0] == batch else batch
     norms = (norm, q_norm, k_norm)
+    if _is_plain(implementation, x):
+        return run(x, rope, keys, values, lengths, weight, bias, norms)
+    valid_m = None if x.shape[0] == batch else batch
     return _foldable(run, counters, valid_m, rows=5)(x, rope, keys, values, lengths, weight, bias, norms)
 
 
+def _is_plain(implementation: str | None, x: Array) -> bool:
+    """Whether no kernel of ours can be meant: such a product needs no rule of its own for `vmap`."""
+    return implementation in (None, *_PLAIN, "xla") and not runs_kernels(implementation, x.dtype)
+
+
+def _why_dense(x: Array, keys: Array, head_norms: tuple[Norm | None, ...]) -> str | None:
+    """What about a query, key and value product no kernel takes."""
+    if keys.dtype != x.dtype:
+        return f"the cache is {keys.dtype}, x {x.dtype}"
+    if any(norm is not None and (norm.centered or norm.bias is not None) for norm in head_norms):
+        return "the norms of heads are no RMSNorms without bias"
+    if jax.typeof(keys).manual_axis_type.varying:  # pyright: ignore[reportAttributeAccessIssue]
+        return "a kernel cannot write a cache in place that varies over checked axes of a shard_map"
+    return None
+
+
 def _choose(
-    op: str, x: Array, weight: Weight, valid_m: int | None, implementation: str | None, counters: Any, **shape: Any
+    op: str,
+    x: Array,
+    weight: Weight,
+    valid_m: int | None,
+    implementation: str | None,
+    counters: Any,
+    why_dense: str | None = None,
+    **shape: Any,
 ) -> tuple[str, Any]:
     """The implementation's name, and how to launch it if it is a kernel of ours."""
     n, k = weight.shape
     m = valid_m or x.size // k
     device = device_of(implementation)
     where = {"dtype": x.dtype, "device": device}
-    choice = choose_implementation(op, m=m, n=n, k=k, weight_format=weight_format(weight), **where, **shape)
+    if why_dense is None and isinstance(weight, Array) and weight.dtype != x.dtype:
+        why_dense = f"the weight is {weight.dtype}, x {x.dtype}"
+    choice = Choice("dense", f"rule: {why_dense}")
+    if why_dense is None:
+        choice = choose_implementation(op, m=m, n=n, k=k, weight_format=weight_format(weight), **where, **shape)
     name = resolve(op, implementation, (*_PLAIN, "flat_gemm", "gemv"), choice, **where)
     if name in _PLAIN:
         return name, None

@@ -123,9 +123,10 @@ def choose_config(
     """The blocks for one product on one card, by a rule that no measurement has touched.
 
     block_n is 128 from m = 32 on, where x would be re-read as often as the weights are read, else 64 (32 if n or a unit
-    asks for it); block_k 128 or 64 (32 if k asks for it); num_stages 4 or 3. The first in that order that lets two
-    blocks share a multiprocessor is taken, else the first that fits alone. split_k is the smallest power of two that
-    gives every multiprocessor two blocks, as long as a split keeps twice the steps that the ring holds.
+    asks for it); block_k 128 or 64 (32 if k asks for it); num_stages 4 or 3; none that pads m if there is one that does
+    not. The first in that order that lets two blocks share a multiprocessor is taken, else the first that fits alone.
+    split_k is the smallest power of two that gives every multiprocessor two blocks, as long as a split keeps twice the
+    steps that the ring holds.
 
     Args:
       n: all rows of the weight.
@@ -144,8 +145,9 @@ def choose_config(
         for block_n, block_k, num_stages in itertools.product(sizes_n, sizes_k, stages)
         if k // block_k >= num_stages - 1 and not (gemv and block_n * block_k > _GEMV_STEP)
     ]
+    unpadded = [config for config in candidates if config.pad_m(m) == m]  # a pad would be a kernel of its own
     for limit in (target.shared_per_sm // 2 - 1024, target.shared_per_block):
-        for config in candidates:
+        for config in unpadded or candidates:
             if config.shared_bytes(m, dtype) <= limit:
                 return dataclasses.replace(config, split_k=_choose_split_k(config, n, k, target))
     raise NotImplementedError(

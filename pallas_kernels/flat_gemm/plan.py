@@ -115,9 +115,13 @@ class Plan:
     def statistics(self) -> bool:
         """Whether x is read for its mean and size before the product, and normed before it is multiplied.
 
-        Else an RMSNorm's squares are summed during the product, which is divided by the size of x afterwards.
+        Else an RMSNorm's squares are summed during the product, which is divided by the size of x afterwards. float16
+        could not hold x times the gain before that division, whatever the size of x.
         """
-        return self.norm is not None and (self.norm.centered or self.norm.bias or not self.tensor_cores)
+        if self.norm is None:
+            return False
+        one_pass = self.tensor_cores and self.dtype == jnp.bfloat16 and not (self.norm.centered or self.norm.bias)
+        return not one_pass
 
     @property
     def squares(self) -> bool:

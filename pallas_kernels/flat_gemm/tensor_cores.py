@@ -13,9 +13,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.flat_gemm.config import stage_width
 from pallas_kernels.flat_gemm.plan import ROWS, Plan
 
-# float16 ends at 65504, and x times the norm's gain is not yet divided by the row's size
-_FLOAT16_SCALE = 2.0**-4
-
 
 def result_types(plan: Plan) -> tuple[tuple[tuple[int, ...], Any], ...]:
     """Shape and layout of what is summed over k: the product, and perhaps the squares of each row of x."""
@@ -62,10 +59,10 @@ def multiply(
 
 
 def _normed(plan: Plan, wide: Array, norm: list[Array], statistics: list[Array]) -> Array:
-    """x [chunk, m] after the norm; without statistics it is not divided by its size yet, and smaller in float16."""
+    """x [chunk, m] after the norm; without statistics it is not divided by its size yet."""
     gain, *shift = (part.astype(jnp.float32) for part in norm)
     if not statistics:
-        return wide * lax.broadcast_in_dim(gain * _norm_scale(plan), wide.shape, (0,))
+        return wide * lax.broadcast_in_dim(gain, wide.shape, (0,))
     factor, *mean = (lax.broadcast_in_dim(part, wide.shape, (1,)) for part in statistics)
     y = (wide - mean[0] if mean else wide) * factor * lax.broadcast_in_dim(gain, wide.shape, (0,))
     return y + lax.broadcast_in_dim(shift[0], wide.shape, (0,)) if shift else y
@@ -87,13 +84,9 @@ def stage(plan: Plan, refs: SimpleNamespace, results: tuple[Array, ...]) -> Arra
         return None
     plgpu.store(refs.squares, results[1], optimized=False)
     mean = plgpu.load(refs.squares, layout=ROWS.reduce(1), optimized=False) / plan.k
-    return lax.rsqrt(mean + plan.norm.eps) / _norm_scale(plan)
+    return lax.rsqrt(mean + plan.norm.eps)
 
 
 def staged(plan: Plan, refs: SimpleNamespace, start: int, size: int) -> Any:
     """A piece of the block's rows as [live, size] in shared memory."""
     return refs.stage.at[pl.ds(start, size), pl.ds(0, plan.m)].T
-
-
-def _norm_scale(plan: Plan) -> float:
-    return _FLOAT16_SCALE if plan.dtype == jnp.float16 else 1.0

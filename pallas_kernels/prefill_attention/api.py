@@ -35,8 +35,9 @@ def prefill_attention(
         weights = exp(scores - unified_max)
         out = weights @ values / weights.sum()
 
-    Query heads share key heads in order: head h reads key head h // (num_heads // num_kv_heads). Slots that no query
-    sees may hold anything, NaN included. A query that sees nothing (position -1) gets zeros.
+    Query heads share key heads in order: head h reads key head h // (num_heads // num_kv_heads). Slots before
+    the first and behind the last that a query of the sequence sees may hold anything, NaN included. A query that sees
+    nothing (position -1) gets zeros.
 
     Args:
       positions: where each query stands in its sequence.

@@ -36,6 +36,9 @@ def test_interpreted_products_under_vmap():
 
     check(product, x, weight, residual, in_axes=(0, None, 0))
     check(product, x, jnp.stack([weight, -weight]), residual[0], in_axes=(0, 0, None))  # one after the other
+    # the rule sees the rows after the fold: more than gemv takes, more than any kernel takes
+    check(product, normal(5, 8, 1, 128), weight, normal(6, 8, 1, 64), in_axes=(0, None, 0))
+    check(product, normal(7, 3, 32, 128), weight, normal(8, 3, 32, 64), in_axes=(0, None, 0))
     check(gated_linear, x, normal(4, 128, 128) / 12, in_axes=(0, None))
 
 
