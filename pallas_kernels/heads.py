@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from pallas_kernels.norm import Norm, normalize
@@ -33,6 +34,25 @@ def split_heads(
     if rope is not None:
         query, key = apply_rope(query, *rope), apply_rope(key, *rope)
     return query, key, value
+
+
+def store_heads(
+    qkv: Float[Array, "m n"],
+    dtype: DTypeLike,
+    *,
+    keys: Float[Array, "batch num_kv_heads max_len head_dim"],
+    values: Float[Array, "batch num_kv_heads max_len head_dim"],
+    lengths: Int[Array, " batch"],
+    rope: Rope | None,
+    q_norm: Norm | None,
+    k_norm: Norm | None,
+) -> tuple[Array, Array, Array]:
+    """`split_heads`; the first batch rows' keys and values go to slot `lengths`. Queries of `dtype`, and the cache."""
+    batch, num_kv_heads, _, head_dim = keys.shape
+    options = {"rope": rope, "q_norm": q_norm, "k_norm": k_norm}
+    query, key, value = split_heads(qkv, num_kv_heads=num_kv_heads, head_dim=head_dim, **options)
+    keys = append_token(keys, key[:batch].astype(keys.dtype), lengths)
+    return query.astype(dtype), keys, append_token(values, value[:batch].astype(values.dtype), lengths)
 
 
 def apply_rope(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
 from pallas_kernels.flat_gemm.reference import finish, gate
-from pallas_kernels.heads import Rope, append_token, split_heads
+from pallas_kernels.heads import store_heads
 from pallas_kernels.norm import Norm, normalize
 from pallas_kernels.weights import Weight, dequantize
 
@@ -33,21 +35,6 @@ def gated_linear(x: Array, weight: Weight, bias: Array | None, *, norm: Norm | N
 
 
 def qkv_linear(
-    x: Array,
-    weight: Weight,
-    bias: Array | None,
-    *,
-    rope: Rope | None,
-    keys: Array,
-    values: Array,
-    lengths: Array,
-    norm: Norm | None,
-    q_norm: Norm | None,
-    k_norm: Norm | None,
+    x: Array, weight: Weight, bias: Array | None, *, norm: Norm | None, **storing: Any
 ) -> tuple[Array, Array, Array]:
-    qkv = linear(x, weight, bias, norm=norm, out_dtype=x.dtype)
-    batch, num_kv_heads, _, head_dim = keys.shape
-    query, key, value = split_heads(
-        qkv, num_kv_heads=num_kv_heads, head_dim=head_dim, rope=rope, q_norm=q_norm, k_norm=k_norm
-    )
-    return query, append_token(keys, key[:batch], lengths), append_token(values, value[:batch], lengths)
+    return store_heads(linear(x, weight, bias, norm=norm, out_dtype=x.dtype), x.dtype, **storing)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from pallas_kernels.heads import Rope, append_token, split_heads
+from pallas_kernels.heads import store_heads
 from pallas_kernels.norm import Norm, normalize
 from pallas_kernels.weights import Weight, dequantize
 
@@ -41,23 +42,9 @@ def gated_linear(x: Array, weight: Weight, bias: Array | None, *, norm: Norm | N
 
 
 def qkv_linear(
-    x: Array,
-    weight: Weight,
-    bias: Array | None,
-    *,
-    rope: Rope | None,
-    keys: Array,
-    values: Array,
-    lengths: Array,
-    norm: Norm | None,
-    q_norm: Norm | None,
-    k_norm: Norm | None,
+    x: Array, weight: Weight, bias: Array | None, *, norm: Norm | None, **storing: Any
 ) -> tuple[Array, Array, Array]:
-    qkv = linear(x, weight, bias, norm=norm, out_dtype=jnp.float32)
-    batch, num_kv_heads, _, head_dim = keys.shape
-    split = split_heads(qkv, num_kv_heads=num_kv_heads, head_dim=head_dim, rope=rope, q_norm=q_norm, k_norm=k_norm)
-    query, key, value = (part.astype(keys.dtype) for part in split)
-    return query, append_token(keys, key[:batch], lengths), append_token(values, value[:batch], lengths)
+    return store_heads(linear(x, weight, bias, norm=norm, out_dtype=jnp.float32), x.dtype, **storing)
 
 
 def finish(y: Array, bias: Array | None, activation: str | None, residual: Array | None) -> Array:
