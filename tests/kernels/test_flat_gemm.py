@@ -3,7 +3,7 @@
 One body for both implementations. Faults that were put into the kernels, and the cases that turned red:
 
     copy into the wrong slot (`i + ahead + 1`)               all: race
-    mean of squares over a step instead of k                 norm, gated
+    mean of squares over a step instead of k                 norm, gated, in bfloat16
     statistics without the loads left over by eight          layer norm, and gemv's norm
     LayerNorm without the shift by the first element,        layer norm; a mean far from zero
       or without the mean
