@@ -1,7 +1,7 @@
 """Compiles every kernel at the shapes of the paper's models for cards that need not be here, and prints a table.
 
     python benchmarks/kernel_report.py                          # all of it: minutes
-    python benchmarks/kernel_report.py --card a100-80g-sxm --batch 1 --batch 8 --context 1024 --csv kernels.csv
+    python benchmarks/kernel_report.py --card a100-80gb --batch 1 --batch 8 --context 1024 --csv kernels.csv
 
 Nothing here is a time. It exits with 1 if a kernel spills or uses local memory, lacks tensor-core instructions where it
 should have them, copies weights, keys or values in less than 16 bytes a thread or not by TMA, does not fit the card's
@@ -39,7 +39,7 @@ from pallas_kernels.flat_gemm.config import choose_config as choose_product_conf
 from pallas_kernels.prefill_attention.config import choose_config as choose_prefill_config
 from pallas_kernels.targets import TARGETS, Target, find_target
 
-CARDS = ("a100-80g-sxm", "rtx-3090", "rtx-4090", "h100-sxm")
+CARDS = ("a100-80gb", "rtx3090", "rtx4090", "h100")
 BATCHES = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (128, 1024, 2048, 4096, 8192, 32768)
 CHUNK = 256  # prompt tokens of a pass

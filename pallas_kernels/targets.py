@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
+import tomllib
+from pathlib import Path
 from typing import Any
 
 _NVIDIA = ("gpu", "cuda")
@@ -31,6 +34,7 @@ class Target:
       threads_per_sm: resident threads per multiprocessor.
       fpus_per_sm: float32 units per multiprocessor.
       clock: boost clock, GHz.
+      tensor_tflops: dense float16 or bfloat16 products summed up in float32, 1e12 operations a second.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Target:
     threads_per_sm: int
     fpus_per_sm: int
     clock: float
+    tensor_tflops: int
 
     @property
     def arch(self) -> str:
@@ -52,7 +57,9 @@ class Target:
         return f"sm_{major}{minor}"
 
 
-def _card(name: str, limits: dict, num_sms: int, bandwidth: int, memory: int, l2_mib: int, clock: float) -> Target:
+def _card(
+    name: str, limits: dict, num_sms: int, bandwidth: int, memory: int, l2_mib: int, clock: float, tflops: int
+) -> Target:
     return Target(
         name=name,
         num_sms=num_sms,
@@ -60,6 +67,7 @@ def _card(name: str, limits: dict, num_sms: int, bandwidth: int, memory: int, l2
         memory_bytes=memory,
         l2_bytes=l2_mib << 20,
         clock=clock,
+        tensor_tflops=tflops,
         **limits,
     )
 
@@ -82,36 +90,88 @@ _HOPPER = _limits((9, 0), 228, 2048, 128)
 _BLACKWELL = _limits((10, 0), 228, 2048, 128)
 
 TARGETS: dict[str, Target] = {
-    "a100-80g-sxm": _card("NVIDIA A100-SXM4-80GB", _A100, 108, 2039, 85_100_068_864, 40, 1.41),
-    "a100-40g-sxm": _card("NVIDIA A100-SXM4-40GB", _A100, 108, 1555, 42_300_000_000, 40, 1.41),
-    "a100-80g-pcie": _card("NVIDIA A100 80GB PCIe", _A100, 108, 1935, 85_100_068_864, 40, 1.41),
-    "rtx-3090": _card("NVIDIA GeForce RTX 3090", _AMPERE, 82, 936, 25_300_000_000, 6, 1.695),
-    "a10": _card("NVIDIA A10", _AMPERE, 72, 600, 23_600_000_000, 6, 1.695),
-    "rtx-4090": _card("NVIDIA GeForce RTX 4090", _ADA, 128, 1008, 25_300_000_000, 72, 2.52),
-    "l4": _card("NVIDIA L4", _ADA, 58, 300, 23_600_000_000, 48, 2.04),
-    "l40s": _card("NVIDIA L40S", _ADA, 142, 864, 47_600_000_000, 96, 2.52),
-    "h100-sxm": _card("NVIDIA H100 80GB HBM3", _HOPPER, 132, 3352, 84_942_979_072, 50, 1.98),
-    "h100-pcie": _card("NVIDIA H100 PCIe", _HOPPER, 114, 2039, 84_900_000_000, 50, 1.755),
-    "h200": _card("NVIDIA H200", _HOPPER, 132, 4800, 150_000_000_000, 50, 1.98),
-    "b200": _card("NVIDIA B200", _BLACKWELL, 148, 8000, 180_000_000_000, 126, 1.965),
+    "a100-80gb": _card("NVIDIA A100-SXM4-80GB", _A100, 108, 2039, 85_100_068_864, 40, 1.41, 312),
+    "a100-40gb": _card("NVIDIA A100-SXM4-40GB", _A100, 108, 1555, 42_300_000_000, 40, 1.41, 312),
+    "a100-80gb-pcie": _card("NVIDIA A100 80GB PCIe", _A100, 108, 1935, 85_100_068_864, 40, 1.41, 312),
+    "rtx3090": _card("NVIDIA GeForce RTX 3090", _AMPERE, 82, 936, 25_300_000_000, 6, 1.695, 71),
+    "a10": _card("NVIDIA A10", _AMPERE, 72, 600, 23_600_000_000, 6, 1.695, 125),
+    "rtx4090": _card("NVIDIA GeForce RTX 4090", _ADA, 128, 1008, 25_300_000_000, 72, 2.52, 165),
+    "l4": _card("NVIDIA L4", _ADA, 58, 300, 23_600_000_000, 48, 2.04, 121),
+    "l40s": _card("NVIDIA L40S", _ADA, 142, 864, 47_600_000_000, 96, 2.52, 362),
+    "h100": _card("NVIDIA H100 80GB HBM3", _HOPPER, 132, 3352, 84_942_979_072, 50, 1.98, 989),
+    "h100-pcie": _card("NVIDIA H100 PCIe", _HOPPER, 114, 2039, 84_900_000_000, 50, 1.755, 756),
+    "h200": _card("NVIDIA H200", _HOPPER, 132, 4800, 150_000_000_000, 50, 1.98, 989),
+    "b200": _card("NVIDIA B200", _BLACKWELL, 148, 8000, 180_000_000_000, 126, 1.965, 2250),
 }
 
 
-INTERPRETED = TARGETS["h100-sxm"]  # the card whose form of the kernels the interpreter runs
+INTERPRETED = TARGETS["h100"]  # the card whose form of the kernels the interpreter runs
 
 
 def find_target(name: str) -> Target:
-    """The card of a short name such as "a100-80g-sxm"; case does not matter.
+    """The card of a short name such as "a100-80gb" or "RTX 3090", or of a file: see `read_target`.
 
     Raises:
       ValueError: there is no such card; the message names the nearest and lists all.
     """
-    key = name.lower()
-    if key in TARGETS:
-        return TARGETS[key]
-    near = difflib.get_close_matches(key, TARGETS, n=1, cutoff=0.3)
+    if name.endswith(".toml"):
+        return read_target(Path(name))
+    plain = {re.sub(r"[^a-z0-9]", "", key): target for key, target in TARGETS.items()}
+    wanted = re.sub(r"[^a-z0-9]", "", name.lower())
+    if wanted in plain:
+        return plain[wanted]
+    near = difflib.get_close_matches(name.lower(), TARGETS, n=1, cutoff=0.3)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ValueError(f"no target {name!r}{hint}; there are {', '.join(TARGETS)}")
+    raise ValueError(f"no card {name!r}{hint}; there are {', '.join(TARGETS)}, and files that end in .toml")
+
+
+def read_target(file: Path) -> Target:
+    """A card of your own, from a TOML file with the fields of `Target`; those left out are the ones of the card `like`.
+
+        like = "a100-80gb"
+        name = "A100 at 1,200 GB/s"
+        bandwidth = 1200
+
+    Raises:
+      ValueError: the file cannot be read, or a field is missing, unknown or of another type; all of them are named.
+    """
+    try:
+        given = tomllib.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"cannot read a card from {file}: {error}") from error
+    like = given.pop("like", None)
+    fields = {field.name: field.type for field in dataclasses.fields(Target)}
+    values = dataclasses.asdict(find_target(like)) if isinstance(like, str) else {}
+    if like is None or "name" in given:
+        values.pop("name", None)
+    values |= given
+    problems = [f"{name} is unknown" for name in values.keys() - fields.keys()]
+    problems += [f"{name} is missing" for name in fields if name not in values]
+    problems += [
+        f"{name} must be {_EXPECTED[kind]}; it is {values[name]!r}"
+        for name, kind in fields.items()
+        if name in values and not _fits(kind, values[name])
+    ]
+    if problems:
+        raise ValueError(f"{file} is not a card: {'; '.join(problems)}")
+    exact = {"compute_capability": tuple(values["compute_capability"]), "clock": float(values["clock"])}
+    return Target(**values | exact)
+
+
+_EXPECTED = {
+    "str": "a text",
+    "int": "a positive integer",
+    "float": "a positive number",
+    "tuple[int, int]": "two integers, such as [8, 0]",
+}
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    if kind == "str":
+        return isinstance(value, str)
+    if kind == "tuple[int, int]":
+        return isinstance(value, list | tuple) and len(value) == 2 and all(type(part) is int for part in value)
+    return type(value) in ((int,) if kind == "int" else (int, float)) and value > 0
 
 
 def why_none() -> str:

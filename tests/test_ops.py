@@ -19,7 +19,7 @@ from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.targets import TARGETS, find_target
 from pallas_kernels.weights import QuantizedWeight
 
-A100 = find_target("a100-80g-sxm")
+A100 = find_target("a100-80gb")
 IMPLEMENTATIONS = ["reference", "xla"]
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2, jnp.float16: 3e-3}
 

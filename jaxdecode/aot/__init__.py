@@ -6,7 +6,7 @@
         x = jax.ShapeDtypeStruct((n, n), jnp.float32)
         return Program(function=jnp.tanh, args=(x,), jit_options={"donate_argnums": 0})
 
-    program = compile_program(build, 1024, target="a100-80g-sxm")
+    program = compile_program(build, 1024, target="a100-80gb")
     for kernel in program.kernels.values():
         print(kernel.name, kernel.launch.grid, kernel.report.registers)
 

@@ -69,6 +69,13 @@ def name_by_content() -> None:
     core._mosaic_gpu_lowering_rule = lower_named
 
 
+def dump_no_constraints() -> None:
+    """Spares every kernel a third of its lowering: the printing of its layout constraints, which nobody reads."""
+    from jax.experimental.mosaic.gpu import constraints
+
+    constraints.ConstraintSystem.__str__ = lambda self: "not printed"
+
+
 def find_kernel(kernel_hash: bytes, dump: Path) -> MosaicKernel:
     """The kernel of a custom call, from what was dumped when it was compiled, in this job or an earlier one.
 

@@ -203,7 +203,6 @@ class CompiledProgram:
     """A program compiled for one card.
 
     Attributes:
-      hlo: the optimised HLO.
       thunks: what runs, before conversion to CUDA graphs.
       thunk_text: XLA's own print of them.
       graphs: the same thunks after conversion; equal in structure if nothing was converted.
@@ -213,7 +212,6 @@ class CompiledProgram:
     """
 
     target: Target
-    hlo: str
     thunks: tuple[Thunk, ...]
     thunk_text: str
     graphs: tuple[GraphNode, ...]

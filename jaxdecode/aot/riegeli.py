@@ -3,7 +3,7 @@
 A file is cut into blocks of 64 KiB, each led by a header of 24 bytes. What is left is a chain of chunks: a header of
 40 bytes (hash, data size, data hash, type and number of records, decoded size) and the data. Chunks of type "r" hold
 the records' sizes and the records, both plain or compressed with Snappy. The format is described in
-github.com/google/riegeli, doc/riegeli_records_file_format.md; Snappy in github.com/google/snappy.
+github.com/google/riegeli, doc/riegeli_records_file_format.md.
 """
 
 from __future__ import annotations
@@ -36,12 +36,17 @@ def read_records(data: bytes) -> list[bytes]:
 
 
 def _simple_chunk(data: bytes, count: int) -> list[bytes]:
+    from cramjam import snappy
+
+    def unsnap(part: bytes) -> bytes:
+        return bytes(snappy.decompress_raw(part))
+
     compression, length_at = data[:1], 1
     length, at = read_varint(data, length_at)
     sizes, values = data[at : at + length], data[at + length :]
     if compression == b"s":
         # each part is led by its decoded size, which Snappy then repeats
-        sizes, values = (_unsnap(part[read_varint(part, 0)[1] :]) for part in (sizes, values))
+        sizes, values = (unsnap(part[read_varint(part, 0)[1] :]) for part in (sizes, values))
     elif compression != b"\0":
         raise ValueError(f"Riegeli compression {compression!r}: only none and Snappy can be read")
     records, size_at, value_at = [], 0, 0
@@ -50,33 +55,6 @@ def _simple_chunk(data: bytes, count: int) -> list[bytes]:
         records.append(values[value_at : value_at + size])
         value_at += size
     return records
-
-
-def _unsnap(data: bytes) -> bytes:
-    expected, at = read_varint(data, 0)
-    out = bytearray()
-    while at < len(data):
-        tag, at = data[at], at + 1
-        if tag & 3 == 0:
-            length = (tag >> 2) + 1
-            if length > 60:
-                extra = length - 60
-                length, at = int.from_bytes(data[at : at + extra], "little") + 1, at + extra
-            out += data[at : at + length]
-            at += length
-            continue
-        if tag & 3 == 1:
-            length, distance, at = 4 + (tag >> 2 & 7), tag >> 5 << 8 | data[at], at + 1
-        else:
-            width = 2 if tag & 3 == 2 else 4
-            length, distance, at = (tag >> 2) + 1, int.from_bytes(data[at : at + width], "little"), at + width
-        source = len(out) - distance
-        copied = out[source : source + length]
-        # a copy may run into what it writes: the bytes then repeat
-        out += (copied * (length // distance + 1))[:length]
-    if len(out) != expected:
-        raise ValueError(f"Snappy data of {expected} bytes decodes to {len(out)}")
-    return bytes(out)
 
 
 def read_varint(data: bytes, at: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import importlib.util
 import shutil
 from pathlib import Path
 
-PACKAGES = ("jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12")
+PACKAGES = ("jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12", "protobuf", "cramjam")
 
 
 def find_plugin() -> Path | None:
@@ -22,7 +22,13 @@ def find_ptxas() -> Path | None:
 
 def missing_packages() -> list[str]:
     """The packages of the extra `check` that are not installed."""
-    found = (importlib.util.find_spec("jax_cuda12_plugin"), find_plugin(), find_ptxas())
+    found = (
+        importlib.util.find_spec("jax_cuda12_plugin"),
+        find_plugin(),
+        find_ptxas(),
+        _in_package("google", "protobuf"),
+        importlib.util.find_spec("cramjam"),
+    )
     return [name for name, where in zip(PACKAGES, found, strict=True) if where is None]
 
 

@@ -1,8 +1,9 @@
-"""The process that compiles: `python -m jaxdecode.aot.worker FOLDER JOB…`.
+"""The process that compiles: `python -m jaxdecode.aot.worker FOLDER DUMP JOB…`.
 
 It is a process of its own because LLVM ends the process on some errors, and because a compiler for NVIDIA cards must
 not meet the JAX of the caller. Its environment is set by `compile_programs`. For every JOB it reads `FOLDER/JOB.job`
-and writes what the compiler prints to `JOB.log`, the result or the error to `JOB.result`.
+and writes what the compiler prints to `JOB.log`, the result or the error to `JOB.result`, and prints JOB; DUMP is where
+the compiler leaves its files.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import SingleDeviceSharding
 
 from jaxdecode.aot import mosaic
 from jaxdecode.aot.buffers import read_allocations, read_constants, read_outputs, read_parameters
@@ -54,18 +54,20 @@ device_description_str: "{name}"
 """
 
 
-def main(folder: Path, jobs: list[str]) -> None:
+def main(folder: Path, dump: Path, jobs: list[str]) -> None:
     """Compiles the jobs in order; an error of one leaves the others alone."""
     mosaic.name_by_content()
+    mosaic.dump_no_constraints()
     for job in jobs:
         with _output_to(folder / f"{job}.log"):
             try:
-                result = _compile(pickle.loads((folder / f"{job}.job").read_bytes()), folder / "dump")
+                result = _compile(pickle.loads((folder / f"{job}.job").read_bytes()), dump)
             except BaseException:  # whatever a user's build or the compiler raises is the result of this job
                 result = traceback.format_exc()
         partial = folder / f"{job}.partial"
         partial.write_bytes(pickle.dumps(result))
         partial.rename(folder / f"{job}.result")
+        print(job, flush=True)
 
 
 def _compile(job: Job, dump: Path) -> CompiledProgram:
@@ -92,7 +94,7 @@ def _compile(job: Job, dump: Path) -> CompiledProgram:
 
 def _lower(program: Program, device: Any) -> Any:
     """Traces and lowers with the card as the default device: that is where Mosaic takes the architecture from."""
-    sharding = NamedSharding(Mesh(np.array([device]), ("device",)), PartitionSpec())
+    sharding = SingleDeviceSharding(device)  # with one of a mesh, which kernels' results lack, a layer is lowered twice
 
     def place(leaf: Any) -> Any:
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
@@ -114,7 +116,6 @@ def _read(compiled: Any, target: Target, kept: list[int], dump: Path) -> Compile
     after = next(dump.glob("*.thunk_sequence_after_thunk_passes.txt"), before)
     return CompiledProgram(
         target=target,
-        hlo=compiled.as_text(),
         thunks=thunks,
         thunk_text=before.read_text(),
         graphs=read_graphs(after.read_text(), names),
@@ -199,4 +200,4 @@ def _output_to(file: Path):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

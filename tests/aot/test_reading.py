@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from aot import programs
@@ -42,17 +44,34 @@ def test_targets():
         assert find_target(key.upper()) is target
         assert target.shared_per_block < target.shared_per_sm and target.memory_bytes > 20e9
     assert len({target.name for target in TARGETS.values()}) == len(TARGETS)
-    a100 = find_target("a100-80g-sxm")
+    a100 = find_target("a100-80gb")
     assert (a100.arch, a100.bandwidth, a100.shared_per_block) == ("sm_80", 2039, 166912)
-    assert (find_target("rtx-3090").arch, find_target("b200").arch) == ("sm_86", "sm_100")
+    assert (find_target("rtx3090").arch, find_target("b200").arch) == ("sm_86", "sm_100")
     assert this_device() is None
 
 
-def test_unknown_target():
-    with pytest.raises(ValueError, match=r"no target 'rtx3090' \(did you mean 'rtx-3090'\?\); there are a100-80g-sxm"):
-        find_target("rtx3090")
-    with pytest.raises(ValueError, match="no target 'tpu'; there are"):
+def test_names_of_cards_are_forgiving():
+    assert find_target("RTX 3090") is find_target("rtx-3090") is TARGETS["rtx3090"]
+    with pytest.raises(ValueError, match=r"no card 'rtx390' \(did you mean 'rtx3090'\?\); there are a100-80gb"):
+        find_target("rtx390")
+    with pytest.raises(ValueError, match="no card 'tpu'; there are"):
         find_target("tpu")
+
+
+def test_a_card_from_a_file(tmp_path):
+    file = tmp_path / "card.toml"
+    file.write_text('like = "a100-80gb"\nname = "slow"\nbandwidth = 1200')
+    card = find_target(str(file))
+    assert card == dataclasses.replace(find_target("a100-80gb"), name="slow", bandwidth=1200)
+    file.write_text('name = "x"\nbandwidth = "fast"\ncompute_capability = [8]\nfans = 2')
+    with pytest.raises(ValueError) as error:
+        find_target(str(file))
+    for part in ("fans is unknown", "num_sms is missing", "bandwidth must be a positive integer", "such as [8, 0]"):
+        assert part in str(error.value)
+    for text in ("bandwidth =", None):
+        file.write_text(text) if text else file.unlink()
+        with pytest.raises(ValueError, match="cannot read a card from"):
+            find_target(str(file))
 
 
 def test_missing_compiler(monkeypatch):
@@ -117,6 +136,7 @@ def chunk(kind: bytes, count: int, body: bytes) -> bytes:
 
 
 def test_records_plain_and_compressed():
+    pytest.importorskip("cramjam", reason='Snappy needs pip install "jaxdecode[check]"')
     plain = chunk(b"r", 2, b"\0" + b"\2" + b"\1\3" + b"abcd")
     # Snappy: 13 bytes, the literal "ab", then 10 from 2 back (which repeat), then the literal "!"
     packed = bytes([13, 1 << 2]) + b"ab" + bytes([(10 - 4) << 2 | 1, 2, 0]) + b"!"

@@ -44,7 +44,7 @@ from pallas_kernels.targets import find_target
 pytestmark = needs_compiler
 
 UNIFIED = {"unified_max": 0.0, "safe_range": WIDE}
-A100 = "a100-80g-sxm"
+A100 = "a100-80gb"
 RING = DecodeAttentionConfig(block_kv=64, num_stages=3, split_kv=3)
 # config None: the rule's
 EXECUTED = {
@@ -53,12 +53,12 @@ EXECUTED = {
     "chatglm-bf16": (Case(head_dim=128, q_per_kv=16, max_len=256, lengths=(200, 1), dtype="bfloat16", **UNIFIED), A100),
     "window-soft-cap": (Case(q_per_kv=7, max_len=200, lengths=(200, 70), window=90, soft_cap=3.0, config=RING), A100),
     "head80": (Case(head_dim=80, q_per_kv=2, config=RING, max_len=256, lengths=(200, 77)), A100),
-    "head96-unified": (Case(head_dim=96, config=RING, max_len=256, lengths=(200, 77), **UNIFIED), "rtx-3090"),
-    "head256": (Case(head_dim=256, q_per_kv=4, max_len=128, config=None, **UNIFIED), "rtx-4090"),
+    "head96-unified": (Case(head_dim=96, config=RING, max_len=256, lengths=(200, 77), **UNIFIED), "rtx3090"),
+    "head256": (Case(head_dim=256, q_per_kv=4, max_len=128, config=None, **UNIFIED), "rtx4090"),
 }
 COMPILED = EXECUTED | {
     "chatglm-calm": (dataclasses.replace(EXECUTED["chatglm-bf16"][0], safe_range=(-60.0, 60.0)), A100),
-    "hopper": (Case(head_dim=128, max_len=512, lengths=(300, 77), config=None, **UNIFIED), "h100-sxm"),
+    "hopper": (Case(head_dim=128, max_len=512, lengths=(300, 77), config=None, **UNIFIED), "h100"),
 }
 OVERFLOW = {"0": (), "1": ((0, 1),), "some": ((0, 0), (1, 1)), "all": tuple(np.ndindex(2, 2))}
 

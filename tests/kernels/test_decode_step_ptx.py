@@ -32,15 +32,15 @@ LLAMA = ModelConfig(
 # of the second layer's attention some rows leave the range
 RANGES = UnifiedMax(value=0.0, lowest=-20.0, highest=20.0), UnifiedMax(value=0.0, lowest=-20.0, highest=1.5)
 EXECUTED = {
-    "one row": (LLAMA, 1, "float16", "a100-80g-sxm"),
-    "three rows 86": (LLAMA, 3, "float16", "rtx-3090"),
-    "ragged": (dataclasses.replace(LLAMA, unified_max=RANGES), 3, "float16", "a100-80g-sxm"),
-    "ragged 86": (dataclasses.replace(LLAMA, unified_max=RANGES), 3, "bfloat16", "rtx-3090"),
+    "one row": (LLAMA, 1, "float16", "a100-80gb"),
+    "three rows 86": (LLAMA, 3, "float16", "rtx3090"),
+    "ragged": (dataclasses.replace(LLAMA, unified_max=RANGES), 3, "float16", "a100-80gb"),
+    "ragged 86": (dataclasses.replace(LLAMA, unified_max=RANGES), 3, "bfloat16", "rtx3090"),
     "biases and norms 89": (
         dataclasses.replace(LLAMA, qkv_bias=True, out_bias=True, mlp_bias=True, model_type="qwen3", qk_norm=True),
         9,
         "float16",
-        "rtx-4090",
+        "rtx4090",
     ),
 }
 LLAMA2_7B = ModelConfig(
@@ -48,7 +48,7 @@ LLAMA2_7B = ModelConfig(
     num_kv_heads=32, head_dim=128, max_position=4096,
     unified_max=(UnifiedMax(value=-16.8, lowest=-16.8, highest=6.5),) * 32,
 )  # fmt: skip
-LOOPS = {f"{card} batch={batch}": (card, batch) for card in ("a100-80g-sxm", "rtx-3090") for batch in (1, 8)}
+LOOPS = {f"{card} batch={batch}": (card, batch) for card in ("a100-80gb", "rtx3090") for batch in (1, 8)}
 BLOCK_KV = 64
 
 
@@ -137,7 +137,7 @@ def sharded(check_vma: bool) -> Program:
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_generate_under_shard_map_compiles(check_vma):
     """With checked axes a kernel cannot write the cache in place, so XLA's product does."""
-    program = compile_program(sharded, check_vma, target="a100-80g-sxm")
+    program = compile_program(sharded, check_vma, target="a100-80gb")
     [loop_thunk] = [thunk for thunk in program.thunks if thunk.kind == "while"][-1:]
     kinds = [program.kernels[step.kernel].kind for step in walk(loop_thunk.children["body"]) if step.kernel]
     assert kinds.count("mosaic") == (4 if check_vma else 5) * LLAMA.num_layers + 1

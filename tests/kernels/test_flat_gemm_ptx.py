@@ -64,17 +64,17 @@ EXECUTED = {
     "gemv split": Case(implementation="gemv", m=1, padding=7, n=128, k=896, residual=True, config=blocks(split_k=3)),
     "gemv split norm": Case(implementation="gemv", m=3, k=640, norm="layer", gated=True, config=blocks(split_k=2)),
 }
-CARDS = {name: "a100-80g-sxm" for name in EXECUTED} | {
-    "plain 86": "rtx-3090",
-    "gated 86": "rtx-3090",
-    "split norm 86": "rtx-3090",
-    "gemv 3 86": "rtx-3090",
-    "gemv gated 86": "rtx-3090",
-    "norm 89": "rtx-4090",
-    "split 89": "rtx-4090",
-    "gated 89": "rtx-4090",
-    "gemv 4 89": "rtx-4090",
-    "gemv gated 89": "rtx-4090",
+CARDS = {name: "a100-80gb" for name in EXECUTED} | {
+    "plain 86": "rtx3090",
+    "gated 86": "rtx3090",
+    "split norm 86": "rtx3090",
+    "gemv 3 86": "rtx3090",
+    "gemv gated 86": "rtx3090",
+    "norm 89": "rtx4090",
+    "split 89": "rtx4090",
+    "gated 89": "rtx4090",
+    "gemv 4 89": "rtx4090",
+    "gemv gated 89": "rtx4090",
 }
 
 

@@ -178,11 +178,11 @@ QWEN3 = Case(
     k=4096, num_heads=32, num_kv_heads=8, head_dim=128, rotary_dim=128, head_norms=("q_norm", "k_norm"),
     dtype="bfloat16", config=None,
 )  # fmt: skip
-CARDS = {name: "a100-80g-sxm" for name in CASES} | {
-    "bias flat_gemm 86": "rtx-3090",
-    "bias gemv 86": "rtx-3090",
-    "plain flat_gemm 89": "rtx-4090",
-    "head norms gemv 89": "rtx-4090",
+CARDS = {name: "a100-80gb" for name in CASES} | {
+    "bias flat_gemm 86": "rtx3090",
+    "bias gemv 86": "rtx3090",
+    "plain flat_gemm 89": "rtx4090",
+    "head norms gemv 89": "rtx4090",
 }
 
 

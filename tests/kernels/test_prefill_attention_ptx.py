@@ -43,7 +43,7 @@ from pallas_kernels.targets import find_target
 
 pytestmark = needs_compiler
 
-A100 = "a100-80g-sxm"
+A100 = "a100-80gb"
 RING = PrefillAttentionConfig(block_kv=32, num_stages=3, max_columns=16)
 WIDE_RING = PrefillAttentionConfig(block_kv=64, num_stages=2, max_columns=32)
 # config None: the rule's
@@ -57,17 +57,17 @@ EXECUTED = {
     "llama": (Case(q_len=16, head_dim=128, num_kv_heads=1, starts=(112, 9), config=None, **UNIFIED), A100),
     "gqa9-soft-cap-ragged": (
         Case(q_len=3, q_per_kv=9, num_kv_heads=1, ragged=((0, 0), (1, 2)), soft_cap=3.0, config=RING, max_len=120),
-        "rtx-3090",
+        "rtx3090",
     ),
     "head80-gqa3": (
         Case(q_len=9, q_per_kv=3, head_dim=80, num_kv_heads=1, dtype="bfloat16", config=WIDE_RING, **UNIFIED),
-        "rtx-4090",
+        "rtx4090",
     ),
-    "head96": (Case(q_len=9, head_dim=96, num_kv_heads=1, starts=(40,), config=RING), "rtx-4090"),
-    "head256": (Case(q_len=8, head_dim=256, num_kv_heads=1, starts=(50,), config=None, **UNIFIED), "rtx-3090"),
+    "head96": (Case(q_len=9, head_dim=96, num_kv_heads=1, starts=(40,), config=RING), "rtx4090"),
+    "head256": (Case(q_len=8, head_dim=256, num_kv_heads=1, starts=(50,), config=None, **UNIFIED), "rtx3090"),
 }
 COMPILED = EXECUTED | {
-    "hopper": (Case(q_len=32, head_dim=128, max_len=512, config=None, **UNIFIED), "h100-sxm"),
+    "hopper": (Case(q_len=32, head_dim=128, max_len=512, config=None, **UNIFIED), "h100"),
 }
 OVERFLOW = {"0": (), "1": ((1, 15, 0),), "some": ((0, 14, 0), (0, 15, 0), (1, 15, 0)), "all": "all"}
 

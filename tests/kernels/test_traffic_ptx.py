@@ -19,7 +19,7 @@ from pallas_kernels.decode_attention.config import DecodeAttentionConfig
 
 pytestmark = needs_compiler
 
-A100 = "a100-80g-sxm"
+A100 = "a100-80gb"
 PRODUCTS = {
     "flat_gemm": Case(m=8, n=192, k=512),
     "flat_gemm split": Case(m=16, n=128, k=896, config=blocks(split_k=3)),

@@ -16,7 +16,7 @@ from ptx.xla_programs import FUNCTIONS, TinyModel, build_function, build_step
 
 pytestmark = pytest.mark.skipif(not compiler_installed(), reason='needs the compiler: pip install "jaxdecode[check]"')
 
-CARDS = ["a100-80g-sxm", "rtx-3090", "rtx-4090"]  # sm_80, sm_86, sm_89
+CARDS = ["a100-80gb", "rtx3090", "rtx4090"]  # sm_80, sm_86, sm_89
 RANDOM = np.random.default_rng(0)
 PRODUCTS = [(128, 1024, "float16"), (64, 4096, "bfloat16"), (192, 512, "bfloat16")]
 SUMS = [(3, 96, 4), (2, 70, 7)]
