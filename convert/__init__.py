@@ -18,12 +18,13 @@ import numpy as np
 from convert.errors import ConversionError
 from convert.export import export
 from convert.hf_config import find_family, parse_config
+from convert.hf_directory import read_config
 from convert.sources import Source, open_source
 from convert.weights import DTYPES, Plan, Target, chunks, make_plan, specs
 from jaxdecode.checkpoint_writer import CheckpointWriter, partial_dir, refuse_existing
 from jaxdecode.config import ModelConfig
 
-__all__ = ["Conversion", "ConversionError", "Progress", "convert", "export"]
+__all__ = ["Conversion", "ConversionError", "Progress", "convert", "export", "read_config"]
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, item
 

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from convert.errors import ConversionError
+from convert.hf_config import parse_config
 from convert.sources import Source, SourceTensor, fingerprint
 from jaxdecode import safetensors_file
+from jaxdecode.config import ModelConfig
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -59,6 +61,20 @@ def open_directory(path: Path) -> Source:
         fingerprint=fingerprint([path / file for file in files], json.dumps(config), json.dumps(generation)),
         write_tokenizer=lambda target: copy_tokenizer(path, target),
     )  # fmt: skip
+
+
+def read_config(file: Path) -> tuple[ModelConfig, str]:
+    """The architecture and the dtype (float16 if it is not said) in a config.json; there need be no weights.
+
+    Raises:
+      ConversionError: everything that is missing, of the wrong type or not supported, at once.
+    """
+    problems: list[str] = []
+    config = read_json(file, problems)
+    if problems:
+        raise ConversionError(problems)
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    return parse_config(config, {}), dtype if isinstance(dtype, str) else "float16"
 
 
 def read_json(path: Path, problems: list[str]) -> dict[str, Any]:

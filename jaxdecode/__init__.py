@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jaxdecode.aot.check import check
     from jaxdecode.checkpoint import load_config, load_params, save
     from jaxdecode.config import ModelConfig, RopeConfig
     from jaxdecode.generation import Generation, decode, decode_step, generate, prefill, score, stream
@@ -28,6 +29,7 @@ __all__ = [
     "RopeConfig",
     "Sampler",
     "abstract_params",
+    "check",
     "decode",
     "decode_step",
     "generate",
@@ -43,6 +45,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "aot.check": ("check",),
     "checkpoint": ("load_config", "load_params", "save"),
     "config": ("ModelConfig", "RopeConfig"),
     "generation": ("Generation", "decode", "decode_step", "generate", "prefill", "score", "stream"),

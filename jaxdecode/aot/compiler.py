@@ -45,7 +45,7 @@ class CompileError(RuntimeError):
         return type(self), (str(self), self.log)
 
 
-class MissingCompilerError(RuntimeError):
+class MissingCompilerError(NotImplementedError):
     """The compiler for NVIDIA cards is not installed."""
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from pallas_kernels.decode_attention.config import DecodeAttentionConfig
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traffic:
@@ -35,24 +33,26 @@ def product_traffic(*, blocks: int, block_rows: int, rows_of_x: int, n: int, k: 
     return Traffic(least=n * row, requested=blocks * block_rows * row, activations=blocks * rows_of_x * row)
 
 
-def decode_attention_traffic(
-    config: DecodeAttentionConfig,
+def attention_traffic(
     lengths: Sequence[int],
     *,
+    block_kv: int,
+    split_kv: int,
     num_kv_heads: int,
     num_heads: int,
     head_dim: int,
     itemsize: int,
     window: int | None = None,
-) -> Traffic:
-    """Of the newest queries over caches with `lengths` valid slots; queries are the activations."""
+) -> tuple[Traffic, int]:
+    """Of decode attention over caches with `lengths` valid slots, whose queries are activations; and busy blocks."""
     slot = 2 * num_kv_heads * head_dim * itemsize
     valid = blocks = splits = 0
     for length in lengths:
         start = max(0, length - window) if window else 0
-        mine = -(-length // config.block_kv) - start // config.block_kv
+        mine = -(-length // block_kv) - start // block_kv
         valid, blocks = valid + length - start, blocks + mine
-        each = max(1, -(-mine // config.split_kv))
+        each = max(1, -(-mine // split_kv))
         splits += max(1, -(-mine // each))
     activations = splits * num_heads * head_dim * itemsize
-    return Traffic(least=valid * slot, requested=blocks * config.block_kv * slot, activations=activations)
+    traffic = Traffic(least=valid * slot, requested=blocks * block_kv * slot, activations=activations)
+    return traffic, splits * num_kv_heads

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from jaxdecode.cli.chat import chat
+from jaxdecode.cli.check import check
 from jaxdecode.cli.convert import convert
 from jaxdecode.cli.env import env
 from jaxdecode.cli.export import export
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (convert, export, generate, chat, score, env):
+for command in (convert, export, generate, chat, score, check, env):
     app.command()(command)
 
 

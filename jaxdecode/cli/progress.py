@@ -1,4 +1,4 @@
-"""How a command shows bytes done: a bar with an ETA on a terminal, a line now and then elsewhere."""
+"""How a command shows what is done: a bar with an ETA on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -31,6 +31,20 @@ def transfer(console: Console, verb: str) -> Iterator[Callable[[int, int, str], 
     with progress.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(verb, total=None)
         yield lambda done, total, item: bar.update(task, completed=done, total=total, description=f"{verb} {item}")
+
+
+@contextlib.contextmanager
+def counter(console: Console, verb: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields a function that takes (things done, things in all)."""
+    if not console.is_terminal:
+        yield lambda done, total: console.print(f"{verb}: {done} of {total}", soft_wrap=True)
+        return
+    from rich import progress
+
+    columns = (*progress.Progress.get_default_columns(), progress.MofNCompleteColumn())
+    with progress.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(verb, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _lines(console: Console, verb: str) -> Callable[[int, int, str], None]:

@@ -22,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import flash
 from pallas_kernels.decode_attention.config import DecodeAttentionConfig, choose_config
 from pallas_kernels.flash import Flash, Ref, Shared, Span
+from pallas_kernels.kernel_names import kernel_name
 from pallas_kernels.last_arriver import arrive
 from pallas_kernels.safe_range import check_range
 from pallas_kernels.targets import Target, this_device
@@ -235,11 +236,12 @@ def _num_partials(plan: _Plan) -> int:
 
 
 def _kernel(plan: _Plan, body: Any, out_type: Sequence[Any], grid: dict[str, int], interpret: Any) -> Any:
-    def decode_attention(*refs: Ref) -> None:  # the kernel's name in profiles and reports
+    def attention(*refs: Ref) -> None:
         body(plan, *refs)
 
+    attention.__name__ = kernel_name("decode_attention", kv=plan.flash.block_kv, stages=plan.flash.num_stages)
     return plgpu.kernel(
-        decode_attention,
+        attention,
         out_type=tuple(out_type),
         grid=tuple(grid.values()),
         grid_names=tuple(grid),

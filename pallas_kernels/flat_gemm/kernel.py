@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flat_gemm import epilogue, ring
 from pallas_kernels.flat_gemm.plan import Plan
+from pallas_kernels.kernel_names import kernel_name
 from pallas_kernels.last_arriver import arrive
 
 # operands that a launch may lack
@@ -48,7 +49,8 @@ def _call(plan: Plan, body: Any, inputs: dict[str, Any], outputs: dict[str, Any]
     def product(*refs, **scratch):
         body(plan, SimpleNamespace(**dict.fromkeys(_OPTIONAL) | dict(zip(names, refs, strict=True)) | scratch))
 
-    product.__name__ = "flat_gemm" if plan.tensor_cores else "gemv"
+    op, config = "flat_gemm" if plan.tensor_cores else "gemv", plan.config
+    product.__name__ = kernel_name(op, n=config.block_n, k=config.block_k, stages=config.num_stages)
     scratch = ring.scratch(plan) | epilogue.scratch(plan)
     if plan.config.split_k > 1:
         scratch["told"] = plgpu.SMEM((1,), jnp.int32)

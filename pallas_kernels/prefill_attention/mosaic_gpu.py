@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import flash
 from pallas_kernels.flash import Flash, Ref, Shared, Span
+from pallas_kernels.kernel_names import kernel_name
 from pallas_kernels.prefill_attention.config import RUN, Columns, PrefillAttentionConfig, choose_config
 from pallas_kernels.safe_range import check_range
 from pallas_kernels.targets import Target, this_device
@@ -151,11 +152,13 @@ def _run(plan: _Plan, inputs: Sequence[Array], interpret: Any) -> tuple[Array, A
     if plan.flash.unified_max is not None:
         results.append(jax.ShapeDtypeStruct(tuple(grid.values()), jnp.int32))
 
-    def prefill_attention(*refs: Ref) -> None:  # the kernel's name in profiles and reports
+    def attention(*refs: Ref) -> None:
         _attend_kernel(plan, *refs)
 
+    blocks = {"q": plan.columns.block_q, "kv": plan.flash.block_kv, "stages": plan.flash.num_stages}
+    attention.__name__ = kernel_name("prefill_attention", **blocks)
     kernel = plgpu.kernel(
-        prefill_attention,
+        attention,
         out_type=tuple(results),
         grid=tuple(grid.values()),
         grid_names=tuple(grid),

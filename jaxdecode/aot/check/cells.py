@@ -1,0 +1,208 @@
+"""The cells of a check: a model on a card with a batch and a context."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from jaxdecode.aot.check import program
+from jaxdecode.aot.check.fit import Fit, find_fit
+from jaxdecode.aot.check.kernels import DecodeLoop, KernelUse, ProgramFacts
+from jaxdecode.aot.check.prefill import chunk_sizes, prefill_seconds
+from jaxdecode.aot.compiler import CompileError, compile_programs
+from jaxdecode.aot.cost import Assumptions, add_up
+from jaxdecode.aot.job import Job
+from jaxdecode.aot.program import CompiledProgram
+from jaxdecode.config import ModelConfig
+from pallas_kernels.targets import TARGETS, Target
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """A cell to check."""
+
+    model: str
+    config: ModelConfig
+    dtype: str
+    target: Target
+    batch: int
+    context: int
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1; got {self.batch}")
+        if self.context < 2:
+            raise ValueError(f"context must be at least 2: a token of prompt and one of text; got {self.context}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
+
+    def with_positions(self) -> Question:
+        """The same for a model with as many learned positions as the context asks for."""
+        if self.config.rope is not None or self.config.max_position >= self.context:
+            return self
+        config = dataclasses.replace(self.config, max_position=self.context)
+        return dataclasses.replace(self, model=f"{self.model} with {self.context} positions", config=config)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Modelled:
+    """What the cost model says of a step at the end, when every row's cache holds `context` tokens. Not measured.
+
+    Attributes:
+      seconds_per_token: a decode step; every row gets a token.
+      tokens_per_second: over all rows.
+      roofline_seconds: for the weights, keys and values alone at the card's nominal bandwidth.
+      roofline_share: roofline_seconds / seconds_per_token.
+      binds: what most of the rest is spent on.
+      spent: seconds by what they are spent on.
+      prefill_seconds: fewest and most, to read a prompt that fills the cache but for the tokens generated.
+    """
+
+    seconds_per_token: float
+    tokens_per_second: float
+    roofline_seconds: float
+    roofline_share: float
+    binds: str
+    spent: dict[str, float]
+    prefill_seconds: tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """The answer; `program`, `kernels` and `modelled` are there where the program fits and compiles.
+
+    Attributes:
+      card: its short name, or its own where it came from a file.
+      error: why it did not compile.
+      bytes_per_token: least bytes of weights, keys and values that a decode step reads.
+    """
+
+    model: str
+    card: str
+    dtype: str
+    batch: int
+    context: int
+    fit: Fit
+    error: str | None = None
+    program: ProgramFacts | None = None
+    kernels: tuple[KernelUse, ...] = ()
+    bytes_per_token: int | None = None
+    modelled: Modelled | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
+        fit = {name: getattr(self.fit, name) for name in ("total", "fits", "memory_fraction")}
+        whole = dataclasses.asdict(self)
+        return whole | {"fit": whole["fit"] | fit}
+
+
+def check_cells(
+    questions: Sequence[Question],
+    *,
+    assumed: Assumptions,
+    workers: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Cell]:
+    """Compiles every cell whose weights and caches fit, and reads what would run.
+
+    Args:
+      progress: called with the number of programs that are done, and of all.
+
+    Raises:
+      MissingCompilerError: the extra `check` is not installed.
+    """
+    bare = [_fit(question) for question in questions]
+    compiled = [question for question, fit in zip(questions, bare, strict=True) if fit.fits]
+    jobs = [
+        Job(build=program.generation, target=q.target, args=(q.config, q.batch, q.context, q.dtype)) for q in compiled
+    ]
+    done: list[int] = []
+
+    def tell(index: int) -> None:
+        done.append(index)
+        if progress:
+            progress(len(done), len(jobs))
+
+    outcomes = dict(zip(compiled, compile_programs(jobs, workers=workers, done=tell), strict=True))
+    pairs = zip(questions, bare, strict=True)
+    return [_cell(question, fit, outcomes.get(question), assumed) for question, fit in pairs]
+
+
+def versions() -> dict[str, str]:
+    """Of what decides how a program compiles."""
+    names = ("jaxdecode", "jax", "jaxlib", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def _fit(question: Question, outcome: CompiledProgram | None = None) -> Fit:
+    return find_fit(
+        question.config,
+        question.dtype,
+        batch=question.batch,
+        context=question.context,
+        target=question.target,
+        compiled=outcome.memory if outcome else None,
+    )
+
+
+def _cell(
+    question: Question, fit: Fit, outcome: CompiledProgram | CompileError | None, assumed: Assumptions
+) -> Cell:
+    card = next((name for name, target in TARGETS.items() if target == question.target), question.target.name)
+    cell = Cell(
+        model=question.model,
+        card=card,
+        dtype=question.dtype,
+        batch=question.batch,
+        context=question.context,
+        fit=fit,
+    )
+    if outcome is None:
+        return cell
+    if isinstance(outcome, CompileError):
+        errors = re.findall(r"(?m)^[\w.]*(?:Error|Exception)\b.*", str(outcome)) or [str(outcome)[-200:]]
+        return dataclasses.replace(cell, error=errors[-1])
+    weights = program.weight_names(question.config, question.dtype)
+    loop = DecodeLoop(outcome, question.config, weights, batch=question.batch, context=question.context)
+    prompt = program.prompt_len(question.context)
+    facts, uses = loop.facts(chunk_sizes(prompt)), loop.uses(assumed)
+    prefill = prefill_seconds(
+        question.config,
+        question.dtype,
+        batch=question.batch,
+        prompt_len=prompt,
+        kernels=dict(facts.prefill_kernels),
+        target=question.target,
+        assumed=assumed,
+    )
+    return dataclasses.replace(
+        cell,
+        fit=_fit(question, outcome),
+        program=facts,
+        kernels=tuple(uses),
+        bytes_per_token=sum(use.launches * use.least_bytes for use in uses),
+        modelled=_model(question.batch, uses, facts.round_trips, prefill, assumed),
+    )
+
+
+def _model(
+    batch: int, uses: Iterable[KernelUse], round_trips: int, prefill: tuple[float, float], assumed: Assumptions
+) -> Modelled:
+    spent: dict[str, float] = {"host": round_trips * assumed.round_trip}
+    for use in uses:
+        add_up(use.spent, spent, use.launches)
+    seconds, roofline = sum(spent.values()), spent["bytes"]
+    return Modelled(
+        seconds_per_token=seconds,
+        tokens_per_second=batch / seconds,
+        roofline_seconds=roofline,
+        roofline_share=roofline / seconds,
+        binds=max((name for name in spent if name != "bytes"), key=lambda name: spent[name]),
+        spent=spent,
+        prefill_seconds=prefill,
+    )

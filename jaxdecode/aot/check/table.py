@@ -1,0 +1,132 @@
+"""Cells as text for a terminal: a table a model and card, the kernels of a step, and what was assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jaxdecode.aot.check.cells import Cell
+from jaxdecode.aot.check.kernels import KernelUse
+from jaxdecode.aot.cost import Assumptions
+
+_WIDTH = 120  # of a table, at least: its numbers are not cut off for a narrower terminal
+_GB = 1e9
+_COLUMNS = {
+    "batch": "right", "context": "right", "GB": "right", "fits": "left", "most\nbatch": "right",
+    "most\ncontext": "right", "kernels\na token": "right", "modelled\nms a token": "right",
+    "modelled\ntokens/s": "right", "modelled\nshare of\nroofline": "right", "the rest is\nmostly": "left",
+    "modelled\nprefill ms": "right",
+}  # fmt: skip
+
+
+def show_cells(cells: Sequence[Cell], assumed: Assumptions, console: Console, *, kernels: bool) -> None:
+    """Prints a table for each model and card, what is wrong or noteworthy, and the assumptions."""
+
+    def say(line: str) -> None:
+        console.print(Text(line), soft_wrap=True)
+
+    for model, card in dict.fromkeys((cell.model, cell.card) for cell in cells):
+        mine = [cell for cell in cells if (cell.model, cell.card) == (model, card)]
+        say(f"{model} in {mine[0].dtype} on {card}, {mine[0].fit.memory / _GB:.1f} GB\n")
+        table = Table(box=None, pad_edge=False)
+        for name, justify in _COLUMNS.items():
+            table.add_column(name, justify=justify, no_wrap=True)  # pyright: ignore
+        for cell in mine:
+            table.add_row(*_row(cell), style=None if cell.fit.fits and not cell.error else "red")
+        console.print(table, width=max(_WIDTH, console.width), soft_wrap=True)
+        say("")
+        for line in dict.fromkeys(line for cell in mine for line in notes(cell)):
+            say(f"- {line}")
+        for cell in mine if kernels else ():
+            say(f"\nThe step at batch {cell.batch}, context {cell.context}:")
+            for line in _kernel_lines(cell):
+                say(line)
+        say("")
+    say(f"All times are modelled, none is measured. Assumed: {assumed.describe()}.")
+
+
+def notes(cell: Cell) -> Iterable[str]:
+    """What a reader of a cell's row should know, in sentences."""
+    where, fit, program = f"batch {cell.batch}, context {cell.context}:", cell.fit, cell.program
+    if not fit.fits:
+        least = "" if fit.temporaries is not None else "at least "
+        yield f"{where} does not fit, {least}{(fit.total - fit.memory) / _GB:.2f} GB too many"
+    if cell.error:
+        yield f"{where} does not compile: {cell.error}"
+    if fit.memory_fraction and fit.fits:
+        yield f"{where} needs XLA_PYTHON_CLIENT_MEM_FRACTION={fit.memory_fraction:.2f}, as JAX takes 0.75 by itself"
+    if program is None:
+        return
+    graphs = f"{program.captured} of {program.kernels_per_token}"
+    if program.captured == program.kernels_per_token and program.graphs == 1:
+        graphs = "all kernels of a token"
+    rounds = f"the host waits {program.round_trips} times a token" if program.round_trips > 1 else ""
+    yield "; ".join(
+        part
+        for part in (
+            f"{program.kernels_per_layer:g} kernels of ours a layer",
+            f"{graphs} in {program.graphs} CUDA graph{'s' * (program.graphs != 1)}",
+            rounds or "the host waits once a token",
+            "no copy of weights or caches" if not program.copies else "",
+        )
+        if part
+    )
+    for name, size in program.copies:
+        yield f"{where} {name} copies {size / _GB:.3f} GB of weights or caches a token"
+    for use in cell.kernels:
+        if use.spill_bytes and use.kind == "mosaic":
+            yield f"{where} {use.name} spills {use.spill_bytes} bytes of registers a thread"
+
+
+def _row(cell: Cell) -> list[str]:
+    fit, program, modelled = cell.fit, cell.program, cell.modelled
+    row = [
+        str(cell.batch),
+        str(cell.context),
+        f"{'' if fit.temporaries is not None else '≥ '}{fit.total / _GB:.2f}",
+        "yes" if fit.fits else "no",
+        str(fit.largest_batch),
+        str(fit.largest_context),
+    ]
+    if program is None or modelled is None:
+        return row
+    fewest, most = (1000 * seconds for seconds in modelled.prefill_seconds)
+    return [
+        *row,
+        str(program.kernels_per_token),
+        f"{1000 * modelled.seconds_per_token:.3f}",
+        f"{modelled.tokens_per_second:.1f}",
+        f"{modelled.roofline_share:.0%}",
+        modelled.binds,
+        f"{fewest:.0f}–{most:.0f}",
+    ]
+
+
+def _kernel_lines(cell: Cell) -> Iterable[str]:
+    for use in cell.kernels:
+        if use.kind == "mosaic":
+            yield from _our_kernel(use)
+    others = [use for use in cell.kernels if use.kind != "mosaic"]
+    if others:
+        launches = sum(use.launches for use in others)
+        seconds = sum(use.launches * use.modelled_seconds for use in others)
+        yield f"  {launches} launches of XLA's own kernels, modelled {1e6 * seconds:.1f} µs in all:"
+        yield f"    {', '.join(f'{use.op} x {use.launches}' for use in others)}"
+
+
+def _our_kernel(use: KernelUse) -> Iterable[str]:
+    name, shape = use.name.removesuffix("_mosaic_gpu_kernel"), " x ".join(map(str, use.shape))
+    grid = " x ".join(map(str, use.grid))
+    yield f"  {name}: {use.weight or 'keys and values'} [{shape}], {use.launches} times, grid {grid}"
+    yield (
+        f"    {use.registers} registers, {use.spill_bytes} bytes spilled, {use.shared_bytes:,} shared; "
+        f"{use.blocks_per_sm} blocks an SM, {use.waves:.2f} waves, {use.in_flight:,} bytes in flight an SM"
+    )
+    spent = ", ".join(f"{name} {1e6 * seconds:.1f}" for name, seconds in use.spent.items())
+    yield (
+        f"    {use.least_bytes:,} bytes, {use.requested_bytes / max(use.least_bytes, 1):.3f} of them requested, and "
+        f"{use.activation_bytes:,} of activations; modelled {1e6 * use.modelled_seconds:.1f} µs ({spent})"
+    )

@@ -1,0 +1,112 @@
+"""`jaxdecode check`: how a model would run on a card that is not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jaxdecode.cli.progress import counter
+
+if TYPE_CHECKING:
+    from jaxdecode.aot.check import Cell, Question
+    from jaxdecode.config import ModelConfig
+
+_NUMBER = re.compile(r"(\d+)(k?)", re.IGNORECASE)
+
+
+def check(
+    model: Annotated[
+        list[str],
+        typer.Argument(help="A checkpoint, a Hugging Face config.json, or a name such as llama2-7b; several too."),
+    ],
+    gpu: Annotated[
+        list[str], typer.Option(help="a100-80gb, rtx3090, h100, …, or a TOML file with your own; may be repeated.")
+    ],
+    batch: Annotated[str, typer.Option(help="Rows; several with commas between them.")] = "1",
+    context: Annotated[str, typer.Option(help="Tokens of prompt and text of a row: 128,1k,8k,32k.")] = "1k",
+    dtype: Annotated[
+        str | None, typer.Option(help="float16, bfloat16 or float32; by default the model's own, else float16.")
+    ] = None,
+    extend_positions: Annotated[
+        bool, typer.Option("--extend-positions", help="Give models with learned positions as many as asked for.")
+    ] = False,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Also list the kernels of each step.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG of rooflines here.", dir_okay=False)] = None,
+    workers: Annotated[int | None, typer.Option(help="Compiling processes; by default one a core.", min=1)] = None,
+) -> None:
+    """Compile a model's generation for cards that are not here: does it fit, with which kernels, how fast at best.
+
+    Only shapes are needed, no weights. Nothing is run: every time is modelled.
+    """
+    from rich.console import Console
+
+    from jaxdecode.aot.check import Assumptions, check_cells, versions
+    from jaxdecode.aot.check.table import show_cells
+
+    assumed = Assumptions()
+    questions = _questions(model, gpu, _numbers("--batch", batch), _numbers("--context", context), dtype)
+    if extend_positions:
+        questions = [question.with_positions() for question in questions]
+    with counter(Console(stderr=True, highlight=False), "compiling") as advance:
+        cells = check_cells(questions, assumed=assumed, workers=workers or os.cpu_count() or 1, progress=advance)
+    if plot:
+        _plot(questions, cells, plot)
+    if as_json:
+        whole = {"versions": versions(), "assumed": assumed.describe(), "cells": [cell.to_dict() for cell in cells]}
+        typer.echo(json.dumps(whole))
+    else:
+        show_cells(cells, assumed, Console(highlight=False), kernels=kernels or len(cells) == 1)
+    if any(cell.error for cell in cells):
+        raise typer.Exit(1)
+
+
+def _questions(
+    models: list[str], gpus: list[str], batches: list[int], contexts: list[int], dtype: str | None
+) -> list[Question]:
+    from jaxdecode.aot.check import Question
+    from pallas_kernels.targets import find_target
+
+    targets = [find_target(gpu) for gpu in gpus]
+    return [
+        Question(model=name, config=config, dtype=dtype or own, target=target, batch=rows, context=tokens)
+        for name, config, own in map(_find_model, models)
+        for target in targets
+        for rows in batches
+        for tokens in contexts
+    ]
+
+
+def _find_model(model: str) -> tuple[str, ModelConfig, str]:
+    """Name, config and dtype; a Hugging Face config.json, or a folder that holds one, is translated."""
+    from jaxdecode.aot.check import find_model
+
+    path = Path(model)
+    file = path / "config.json" if path.is_dir() else path
+    if file.is_file() and (file.suffix == ".json" or path.is_dir()):
+        from convert import read_config
+
+        config, dtype = read_config(file)
+        return path.stem if path.is_dir() else path.parent.resolve().name, config, dtype
+    return find_model(model)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    found = [_NUMBER.fullmatch(part.strip()) for part in text.split(",")]
+    if not all(found):
+        raise ValueError(f"{option} takes whole numbers with commas between them, such as 1,8 or 128,1k; got {text!r}")
+    return [int(match[1]) * (1024 if match[2] else 1) for match in found if match]
+
+
+def _plot(questions: list[Question], cells: list[Cell], file: Path) -> None:
+    try:
+        from jaxdecode.aot.check.plot import plot_rooflines
+
+        plot_rooflines(questions, cells, file)
+    except ImportError as error:
+        raise ValueError('--plot needs matplotlib: pip install "jaxdecode[check]"') from error
