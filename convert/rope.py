@@ -105,9 +105,11 @@ def rope_to_hf(config: ModelConfig) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling`, which old and new transformers both read.
 
     Raises:
-      ValueError: a dynamic rope whose original length is not `max_position`; a config.json cannot say that.
+      ValueError: no rope, or a dynamic one whose original length is not `max_position`; a config.json cannot say that.
     """
     rope = config.rope
+    if rope is None:
+        raise ValueError(f"{config.model_type} has rotary positions; got learned ones")
     scaling: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}
     if rope.kind == "default":
         return {"rope_theta": rope.theta, "rope_scaling": None}

@@ -214,7 +214,7 @@ def full_logits(params: Params, config: ModelConfig, sequence: Sequence[int], po
 
 
 def _logits(params, config: ModelConfig, tokens, lengths, where):
-    cache = init_cache(config, 1, tokens.shape[1], params["norm"]["weight"].dtype)
+    cache = init_cache(config, 1, tokens.shape[1], params["embed"]["weight"].dtype)
     hidden, *_ = engine.extend(params, config, cache, tokens, jnp.int32(0), lengths)
     return engine.logits(params, config, hidden[0, where])
 

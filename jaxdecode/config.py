@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+NormKind = Literal["rms", "layer"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class RopeConfig:
       low_freq_factor, high_freq_factor: band limits of `llama3`.
       beta_fast, beta_slow, truncate: band limits of `yarn`, in rotations over the original context.
       attention_factor: multiplier of cos and sin (`yarn`).
+      rotary_dim: how many dimensions of a head turn, the first ones; None for all.
     """
 
     kind: RopeKind = "default"
@@ -36,6 +38,7 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    rotary_dim: int | None = None
 
     def __post_init__(self):
         if self.kind not in get_args(RopeKind):
@@ -44,6 +47,10 @@ class RopeConfig:
             raise ValueError(f"rope theta and factor must be positive; got {self.theta=}, {self.factor=}")
         if self.kind in ("dynamic", "llama3", "yarn") and not self.original_max_len:
             raise ValueError(f"rope kind {self.kind!r} needs original_max_len; got {self.original_max_len}")
+
+    def turned(self, head_dim: int) -> int:
+        """How many dimensions of a head of `head_dim` turn."""
+        return head_dim if self.rotary_dim is None else self.rotary_dim
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +78,14 @@ class ModelConfig:
     Attributes:
       model_type: which row of `jaxdecode.models.MODELS` builds it ("llama", "mistral", "qwen2", "qwen3", …).
       max_position: longest context the positions were made for, in tokens.
+      norm: "rms", or "layer" with a mean taken off and a bias.
+      post_norm: each half of a layer norms its result with the residual in it, rather than its input.
+      final_norm: whether a norm stands before the output head.
+      gated_mlp: down(activation(gate(x)) * up(x)), else down(activation(up(x))).
+      rope: rotary positions; None for a learned table, one row a position.
+      position_offset: rows of the learned table that stand before position 0.
+      token_dim: width of the token embeddings and of the output head, which a product leads into and out of
+        embed_dim; None where they have embed_dim themselves.
       layer_windows: sliding-window length per layer in tokens, None for full attention; empty means all full.
       unified_max: per layer, None for the online softmax; empty means online everywhere.
       eos_token_ids: tokens that end a sequence; the default of the text layer.
@@ -87,12 +102,18 @@ class ModelConfig:
     max_position: int
     norm_eps: float = 1e-5
     activation: Activation = "silu"
+    norm: NormKind = "rms"
+    post_norm: bool = False
+    final_norm: bool = True
+    gated_mlp: bool = True
     tied_embeddings: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig | None = RopeConfig()
+    position_offset: int = 0
+    token_dim: int | None = None
     layer_windows: tuple[int | None, ...] = ()
     unified_max: tuple[UnifiedMax | None, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
@@ -108,25 +129,48 @@ class ModelConfig:
             "head_dim",
             "max_position",
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise ValueError(f"{name} must be a positive integer; got {value!r}")
+            _require_positive(name, getattr(self, name))
+        if self.token_dim is not None:
+            _require_positive("token_dim", self.token_dim)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads; got {self.num_heads} and {self.num_kv_heads}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions; got {self.head_dim}")
+        self._check_positions()
         if self.norm_eps <= 0:
             raise ValueError(f"norm_eps must be positive; got {self.norm_eps}")
         if self.activation not in get_args(Activation):
             raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}; got {self.activation!r}")
+        if self.norm not in get_args(NormKind):
+            raise ValueError(f"norm must be one of {', '.join(get_args(NormKind))}; got {self.norm!r}")
         for name in ("layer_windows", "unified_max"):
             if (given := getattr(self, name)) and len(given) != self.num_layers:
                 raise ValueError(f"{name} must name {self.num_layers} layers; got {len(given)}")
         for window in self.layer_windows:
             if window is not None and window <= 0:
                 raise ValueError(f"a sliding window must be a positive number of tokens; got {window}")
+
+    def _check_positions(self) -> None:
+        if self.rope is None:
+            if self.position_offset < 0:
+                raise ValueError(f"position_offset must not be negative; got {self.position_offset}")
+            return
+        turned = self.rope.turned(self.head_dim)
+        if turned % 2 or not 0 < turned <= self.head_dim:
+            raise ValueError(
+                f"rotary_dim or else head_dim must be even, and at most head_dim; got {turned} of {self.head_dim}"
+            )
+        if self.position_offset:
+            raise ValueError(f"position_offset belongs to learned positions; got {self.position_offset} beside a rope")
+
+    def require_positions(self, count: int) -> None:
+        """Refuses a sequence of more tokens than there are learned positions; a rope has one for any.
+
+        Raises:
+          ValueError: the sequence is too long.
+        """
+        if self.rope is None and count > self.max_position:
+            raise ValueError(f"the model has {self.max_position} learned positions; {count} were asked for")
 
     def window(self, layer: int) -> int | None:
         """Sliding-window length of one layer in tokens, None for full attention."""
@@ -144,12 +188,18 @@ class ModelConfig:
           ValueError: a field is missing, unknown or out of range.
         """
         fields = dict(fields)
-        fields["rope"] = _build(RopeConfig, fields.get("rope") or {})
+        rope = fields.get("rope", {})
+        fields["rope"] = None if rope is None else _build(RopeConfig, rope)
         ranges = fields.get("unified_max") or ()
         fields["unified_max"] = tuple(None if part is None else _build(UnifiedMax, part) for part in ranges)
         for name in ("layer_windows", "eos_token_ids"):
             fields[name] = tuple(fields.get(name) or ())
         return _build(cls, fields)
+
+
+def _require_positive(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"{name} must be a positive integer; got {value!r}")
 
 
 def _build(cls, fields: dict[str, Any]):

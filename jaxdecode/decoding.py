@@ -47,7 +47,7 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """The shapes a batch is padded to, powers of two, so that few programs serve all prompts.
+    """The shapes a batch is padded to, powers of two within the model's positions, so that few programs serve all.
 
     Attributes:
       batch: rows; the added ones generate nothing.
@@ -61,9 +61,11 @@ class Buckets:
 
     @classmethod
     def of_prompts(cls, prompts: Sequence[Sequence[int]], max_new_tokens: int, max_position: int) -> Buckets:
-        new_tokens = _power_of_two(max(max_new_tokens, _MIN_NEW_TOKENS))
-        capacity = _power_of_two(max(max(map(len, prompts)) + new_tokens, _MIN_CAPACITY))
-        return cls(_power_of_two(len(prompts)), min(capacity - new_tokens, max_position), new_tokens)
+        longest, new_tokens = max(map(len, prompts)), _power_of_two(max(max_new_tokens, _MIN_NEW_TOKENS))
+        if longest + new_tokens > max_position:  # there may be no positions for what is never used
+            new_tokens = max_new_tokens
+        capacity = min(_power_of_two(max(longest + new_tokens, _MIN_CAPACITY)), max_position)
+        return cls(_power_of_two(len(prompts)), capacity - new_tokens, new_tokens)
 
     @classmethod
     def of_texts(cls, texts: Sequence[Sequence[int]], max_position: int) -> Buckets:

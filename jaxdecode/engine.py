@@ -57,7 +57,8 @@ def extend(
         static = config, config.window(index), _softmax(config, index), implementation
         return _extend_layer(*static, params, x, rope, keys, values, start, seeing)
 
-    return _run_layers(config, params, layer, model.embed(tokens), cache)
+    x = model.first_input(tokens, positions, Kernels(implementation=implementation))
+    return _run_layers(config, params, layer, x, cache)
 
 
 def step(
@@ -91,8 +92,9 @@ def step(
         static = config, config.window(index), _softmax(config, index), implementation, valid_m
         return _step_layer(*static, params, x, rope, keys, values, lengths, counters)
 
-    x, cache, recomputed = _run_layers(config, params, layer, model.embed(jnp.pad(tokens, (0, padding))), cache)
     kernels = Kernels(implementation=implementation, valid_m=valid_m, counters=counters)
+    x = model.first_input(jnp.pad(tokens, (0, padding)), positions, kernels)
+    x, cache, recomputed = _run_layers(config, params, layer, x, cache)
     return model.logits(x, kernels)[:batch], cache, recomputed
 
 
@@ -148,7 +150,7 @@ def _extend_layer(
     implementation: str | None,
     params: Any,
     x: Array,
-    rope: Rope,
+    rope: Rope | None,
     keys: Array,
     values: Array,
     start: Array,
@@ -178,7 +180,7 @@ def _step_layer(
     valid_m: int | None,
     params: Any,
     x: Array,
-    rope: Rope,
+    rope: Rope | None,
     keys: Array,
     values: Array,
     lengths: Array,

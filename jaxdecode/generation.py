@@ -126,9 +126,9 @@ def generate(
         choose on the device that JAX runs on.
 
     Raises:
-      ValueError: shapes or sizes that do not fit together.
+      ValueError: shapes or sizes that do not fit together, or more tokens than the model has learned positions.
     """
-    _check_sizes(tokens, lengths, max_new_tokens, max_len)
+    _check_sizes(config, tokens, lengths, max_new_tokens, max_len)
     arrays = _arrays(tokens, lengths, key, max_new_tokens, token_limits, eos_token_ids, stop_sequences, pad_token_id)
 
     def run(params, sampler, *arrays):
@@ -155,7 +155,7 @@ def prefill(
     implementation: str | None = None,
 ) -> DecodeState:
     """Reads the prompts and draws the first token of every row; arguments as for `generate`."""
-    _check_sizes(tokens, lengths, max_new_tokens, max_len)
+    _check_sizes(config, tokens, lengths, max_new_tokens, max_len)
     arrays = _arrays(tokens, lengths, key, max_new_tokens, token_limits, eos_token_ids, stop_sequences, pad_token_id)
     return _prefill(config, max_new_tokens, max_len, implementation, params, sampler, *arrays)
 
@@ -296,7 +296,11 @@ def score(
 
     Returns:
       [batch, n - 1] float32; 0 past a row's length.
+
+    Raises:
+      ValueError: more tokens than the model has learned positions.
     """
+    config.require_positions(tokens.shape[1])
     tokens, lengths = jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
     batch, n = tokens.shape
     sizes = prefill_chunks(n, PREFILL_CHUNKS)
@@ -394,7 +398,9 @@ def _logprob(scores: Array, tokens: Array) -> Array:
     return picked - jax.nn.logsumexp(scores, axis=-1)
 
 
-def _check_sizes(tokens: ArrayLike, lengths: ArrayLike, max_new_tokens: int, max_len: int | None) -> None:
+def _check_sizes(
+    config: ModelConfig, tokens: ArrayLike, lengths: ArrayLike, max_new_tokens: int, max_len: int | None
+) -> None:
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise ValueError(f"tokens must be [batch, prompt_len], neither of them 0; got {tokens.shape}")
     if lengths.shape != tokens.shape[:1]:
@@ -404,6 +410,7 @@ def _check_sizes(tokens: ArrayLike, lengths: ArrayLike, max_new_tokens: int, max
     needed = tokens.shape[1] + max_new_tokens
     if max_len is not None and max_len < needed:
         raise ValueError(f"max_len must be at least prompt_len + max_new_tokens = {needed}; got {max_len}")
+    config.require_positions(needed - 1)  # the last token is never fed
 
 
 def _arrays(
@@ -459,7 +466,7 @@ def _pad_to_multiple(tokens: Array, size: int) -> Array:
 
 
 def _dtype(params: Params):
-    return params["norm"]["weight"].dtype
+    return params["embed"]["weight"].dtype
 
 
 _STATIC = ("config", "implementation")

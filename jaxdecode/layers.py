@@ -43,7 +43,7 @@ class Kernels:
 class Projection(NamedTuple):
     """What makes queries, keys and values: the norm before the product, the product, the norms of each head."""
 
-    norm: Norm
+    norm: Norm | None
     weight: Array
     bias: Array | None
     q_norm: Norm | None
@@ -82,6 +82,27 @@ class RMSNorm(nnx.Module):
         return normalize(x, self.operand)
 
 
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / std(x) * weight + bias over the last axis, float32 inside."""
+
+    def __init__(self, dim: int, eps: float, *, dtype):
+        self.weight = nnx.Param(jnp.ones(dim, dtype))
+        self.bias = nnx.Param(jnp.zeros(dim, dtype))
+        self.eps = eps
+
+    @property
+    def operand(self) -> Norm:
+        """What a product takes as the norm before it."""
+        weight, bias = self.weight.get_value(), self.bias.get_value()
+        return Norm(weight=weight, bias=bias, eps=self.eps, centered=True)
+
+    def __call__(self, x: Array) -> Array:
+        return normalize(x, self.operand)
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+
+
 class Attention(nnx.Module):
     """Grouped-query attention; q, k and v come from one product."""
 
@@ -94,7 +115,7 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps, dtype=dtype) if config.qk_norm else None
 
-    def __call__(self, x: Array, norm: Norm, attend: Attend, kernels: Kernels) -> Array:
+    def __call__(self, x: Array, norm: Norm | None, attend: Attend, kernels: Kernels) -> Array:
         """x + attention(norm(x))."""
         head_norms = (None if part is None else part.operand for part in (self.q_norm, self.k_norm))
         out = attend(x, Projection(norm, *self.qkv.operands, *head_norms))
@@ -110,23 +131,43 @@ class GatedMLP(nnx.Module):
         self.down = Linear(mlp_dim, embed_dim, bias=bias, dtype=dtype, rngs=rngs)
         self.activation = config.activation
 
-    def __call__(self, x: Array, norm: Norm, kernels: Kernels) -> Array:
+    def __call__(self, x: Array, norm: Norm | None, kernels: Kernels) -> Array:
         """x + mlp(norm(x))."""
         hidden = gated_linear(x, *self.gate_up.operands, norm=norm, activation=self.activation, **kernels.options)
         return linear(hidden, *self.down.operands, residual=x, **kernels.options)
 
 
-class DecoderLayer(nnx.Module):
-    """Pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+class MLP(nnx.Module):
+    """down(activation(up(x)))."""
 
     def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=dtype)
+        embed_dim, mlp_dim, bias = config.embed_dim, config.mlp_dim, config.mlp_bias
+        self.up = Linear(embed_dim, mlp_dim, bias=bias, dtype=dtype, rngs=rngs)
+        self.down = Linear(mlp_dim, embed_dim, bias=bias, dtype=dtype, rngs=rngs)
+        self.activation = config.activation
+
+    def __call__(self, x: Array, norm: Norm | None, kernels: Kernels) -> Array:
+        """x + mlp(norm(x))."""
+        hidden = linear(x, *self.up.operands, norm=norm, activation=self.activation, **kernels.options)
+        return linear(hidden, *self.down.operands, residual=x, **kernels.options)
+
+
+class DecoderLayer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); or norm(x + attention(x)), then norm(x + mlp(x))."""
+
+    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
+        norm = NORMS[config.norm]
+        self.attention_norm = norm(config.embed_dim, config.norm_eps, dtype=dtype)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=dtype)
-        self.mlp = GatedMLP(config, dtype=dtype, rngs=rngs)
+        self.mlp_norm = norm(config.embed_dim, config.norm_eps, dtype=dtype)
+        self.mlp = (GatedMLP if config.gated_mlp else MLP)(config, dtype=dtype, rngs=rngs)
+        self.post_norm = config.post_norm
 
     def __call__(self, x: Array, attend: Attend, kernels: Kernels) -> Array:
         """Runs the layer on x [..., embed_dim]; the leading axes are whatever `attend` understands."""
+        if self.post_norm:
+            x = self.attention_norm(self.attention(x, None, attend, kernels))
+            return self.mlp_norm(self.mlp(x, None, kernels))
         x = self.attention(x, self.attention_norm.operand, attend, kernels)
         return self.mlp(x, self.mlp_norm.operand, kernels)
 

@@ -1,6 +1,7 @@
 """The laws of generation, on small random models."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 
 from jaxdecode import generation, sampling
+from jaxdecode.config import ModelConfig, RopeConfig
 from jaxdecode.engine import step
 from jaxdecode.generation import Generation, jit_generate, read_prompt, score, stream
 from jaxdecode.models import build, init_params
-from tests.tiny import prompts, tiny_config, tiny_model
+from tests.tiny import FAMILIES, OPT, prompts, tiny_config, tiny_model
 
 KEY = jax.random.key(7)
 DRAW = sampling.sampler(temperature=0.9, top_k=20, top_p=0.95)
@@ -47,9 +49,13 @@ def test_greedy_tokens_and_logprobs_are_those_of_the_whole_sequence(model):
         np.testing.assert_allclose(out.logprobs[row], logprobs, atol=1e-5)
 
 
-@pytest.mark.parametrize("sampler", [sampling.Greedy(), DRAW], ids=["greedy", "drawn"])
-def test_stream_gives_what_generate_gives(model, sampler):
-    params, config = model
+@pytest.mark.parametrize(
+    ("changes", "sampler"),
+    [({}, sampling.Greedy()), ({}, DRAW), *((changes, DRAW) for changes in FAMILIES.values())],
+    ids=["greedy", "drawn", *FAMILIES],
+)
+def test_stream_gives_what_generate_gives(changes, sampler):
+    params, config = tiny_model(**changes)
     tokens, lengths = prompts(LENGTHS)
     options = dict(sampler=sampler, max_new_tokens=9, eos_token_ids=list(range(8)))
     out = jit_generate(params, config, tokens, lengths, KEY, **options)
@@ -63,8 +69,8 @@ def test_stream_gives_what_generate_gives(model, sampler):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"layer_windows": (None, 8)}, {"qk_norm": True, "qkv_bias": True}],
-    ids=["full", "windows", "norms"],
+    [{}, {"layer_windows": (None, 8)}, {"qk_norm": True, "qkv_bias": True}, *FAMILIES.values()],
+    ids=["full", "windows", "norms", *FAMILIES],
 )
 def test_prefill_then_step_is_prefill_of_one_more(changes):
     params, config = tiny_model(max_position=512, **changes)
@@ -199,8 +205,6 @@ def test_half_precision_stays_near_float32(model, dtype):
 
 def test_dynamic_rope_reads_each_rows_own_length():
     """One row beyond the trained context does not change the positions of a row inside it."""
-    from jaxdecode.config import RopeConfig
-
     rope = RopeConfig(kind="dynamic", factor=4.0, original_max_len=16)
     params, config = tiny_model(rope=rope)
     plain = tiny_config()
@@ -209,6 +213,58 @@ def test_dynamic_rope_reads_each_rows_own_length():
     unscaled = jit_generate(params, plain, tokens, lengths, KEY, max_new_tokens=4)
     np.testing.assert_allclose(out.logprobs[0], unscaled.logprobs[0], atol=1e-5)
     assert np.abs(out.logprobs[1] - unscaled.logprobs[1]).max() > 1e-3
+
+
+def test_learned_positions_end_and_say_so():
+    params, config = tiny_model(max_position=40, **OPT)
+    tokens, lengths = prompts([38, 5])
+    out = jit_generate(params, config, tokens, lengths, KEY, max_new_tokens=3)  # the last is never fed
+    assert (out.lengths == 3).all()
+    sequence = jnp.concatenate([tokens, out.tokens[:, :2]], axis=1)
+    logits = full_logits(config)(params, sequence)[0]
+    np.testing.assert_array_equal(logits.argmax(-1)[37:], out.tokens[0])
+    for call in (
+        lambda: generation.generate(params, config, tokens, lengths, KEY, max_new_tokens=4),
+        lambda: generation.prefill(params, config, tokens, lengths, KEY, max_new_tokens=4),
+        lambda: score(params, config, *prompts([41])),
+        lambda: build(config, params)(prompts([41])[0]),
+    ):
+        with pytest.raises(ValueError, match="the model has 40 learned positions; 41 were asked for"):
+            call()
+    short = tiny_config(max_position=40)  # a rope has positions for any length
+    jax.eval_shape(lambda: generation.generate(init_params(short, KEY), short, tokens, lengths, KEY, max_new_tokens=9))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"rope": RopeConfig(rotary_dim=3)},
+            "rotary_dim or else head_dim must be even, and at most head_dim; got 3 of 8",
+        ),
+        ({"rope": RopeConfig(rotary_dim=10)}, "at most head_dim; got 10 of 8"),
+        ({"head_dim": 5}, "got 5 of 5"),
+        ({"position_offset": 2}, "belongs to learned positions; got 2 beside a rope"),
+        ({"rope": None, "position_offset": -1}, "must not be negative; got -1"),
+        ({"token_dim": 0}, "token_dim must be a positive integer; got 0"),
+        ({"norm": "batch"}, "norm must be one of rms, layer; got 'batch'"),
+    ],
+)
+def test_what_a_config_cannot_mean_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**change)
+
+
+@pytest.mark.parametrize("changes", [{}, {"head_dim": 5, "rope": None}, *FAMILIES.values()])
+def test_a_config_survives_json_and_needs_no_field_that_has_a_default(changes):
+    config = tiny_config(**changes)
+    fields = json.loads(json.dumps(config.to_dict()))
+    assert ModelConfig.from_dict(fields) == config
+    added = ("norm", "post_norm", "final_norm", "gated_mlp", "position_offset", "token_dim")
+    older = {name: value for name, value in fields.items() if name not in added}
+    if not changes:
+        del older["rope"]["rotary_dim"]
+        assert ModelConfig.from_dict(older) == config
 
 
 @pytest.mark.parametrize(
@@ -220,7 +276,7 @@ def test_dynamic_rope_reads_each_rows_own_length():
         ({"max_len": 9}, r"prompt_len \+ max_new_tokens = 12; got 9"),
         ({"key": jax.random.split(KEY, 3)}, r"one a row, \[2\]"),
         ({"stop_sequences": [[]]}, "at least one token"),
-        ({"config": tiny_config(model_type="gpt9")}, "no model for model_type 'gpt9'; there are llama"),
+        ({"config": tiny_config(model_type="gpt9")}, "no model for model_type 'gpt9'; there are chatglm"),
     ],
 )
 def test_bad_arguments_are_named(as_users_call_it, model, change, message):

@@ -199,14 +199,16 @@ def test_compile_time_is_apart(model):
         (961, 64, 4096, (1, 1984, 64)),
         (5, 128, 4096, (1, 896, 128)),
         (5, 129, 4096, (1, 768, 256)),
-        (2000, 48, 2048, (1, 2048, 64)),
-        (100, 20, 128, (1, 128, 64)),
+        (1900, 48, 2048, (1, 1984, 64)),
+        (2000, 48, 2048, (1, 2000, 48)),
+        (1990, 48, 2048, (1, 2000, 48)),
+        (100, 20, 128, (1, 108, 20)),
     ],
 )
 def test_buckets(prompt, limit, max_position, expected):
     buckets = Buckets.of_prompts([[1] * prompt], limit, max_position)
     assert dataclasses.astuple(buckets) == expected
-    assert buckets.prompt >= prompt
+    assert buckets.prompt >= prompt and buckets.prompt + buckets.new_tokens <= max_position
 
 
 def test_the_longest_prompt_the_model_allows_runs(model):

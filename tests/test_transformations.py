@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxdecode import engine, generation, sampling
 from jaxdecode.generation import generate, jit_decode, jit_generate, jit_prefill, jit_score
 from tests.test_generation import DRAW, KEY, same
-from tests.tiny import prompts, tiny_model
+from tests.tiny import FAMILIES, prompts, tiny_model
 
 LENGTHS = [1, 40, 33, 17, 9, 21, 40, 2]
 
@@ -58,6 +58,18 @@ def test_vmap_folds_into_the_batch(model):
     assert mapped_bytes <= 1.05 * plain_bytes
     nested = jax.vmap(jax.vmap(run))(*grouped(grouped((tokens, lengths, keys)), 2))
     same(flat(flat(nested)), plain(tokens, lengths, keys))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vmap_folds_into_the_batch_of_other_families(family):
+    params, config = tiny_model(**FAMILIES[family])
+    tokens, lengths = prompts(LENGTHS[:4])
+    keys = jax.random.split(KEY, 4)
+
+    def run(tokens, lengths, keys):
+        return generate(params, config, tokens, lengths, keys, sampler=DRAW, max_new_tokens=4)
+
+    same(flat(jax.jit(jax.vmap(run))(*grouped((tokens, lengths, keys), 2))), jax.jit(run)(tokens, lengths, keys))
 
 
 def test_vmap_over_keys_alone_shares_the_prompts(model):

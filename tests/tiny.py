@@ -3,8 +3,16 @@
 import jax
 import jax.numpy as jnp
 
-from jaxdecode.config import ModelConfig
+from jaxdecode.config import ModelConfig, RopeConfig
 from jaxdecode.models import init_params
+
+OPT = dict(
+    model_type="opt", norm="layer", gated_mlp=False, activation="relu", qkv_bias=True, out_bias=True, mlp_bias=True,
+    num_kv_heads=4, rope=None, position_offset=2, tied_embeddings=True,
+)  # fmt: skip
+OPT_350M = OPT | dict(post_norm=True, final_norm=False, token_dim=16)
+CHATGLM = dict(model_type="chatglm", qkv_bias=True, num_kv_heads=1, rope=RopeConfig(rotary_dim=4))
+FAMILIES = {"opt": OPT, "opt-350m": OPT_350M, "chatglm": CHATGLM}
 
 
 def tiny_config(**changes) -> ModelConfig:
@@ -24,7 +32,17 @@ def tiny_config(**changes) -> ModelConfig:
 
 def tiny_model(seed: int = 0, dtype=jnp.float32, **changes):
     config = tiny_config(**changes)
-    return init_params(config, jax.random.key(seed), dtype), config
+    return lively_params(config, jax.random.key(seed), dtype), config
+
+
+def lively_params(config: ModelConfig, key, dtype=jnp.float32):
+    """Random parameters whose norms and biases are none of the ones and zeros that hide where they go."""
+
+    def stir(leaf):
+        noise = jax.random.normal(jax.random.fold_in(key, leaf.size), leaf.shape)
+        return leaf + (0.3 * noise).astype(dtype) if leaf.ndim == 1 else leaf
+
+    return jax.jit(lambda: jax.tree.map(stir, init_params(config, key, dtype)))()
 
 
 def prompts(lengths, prompt_len: int | None = None, vocab_size: int = 96, seed: int = 1):

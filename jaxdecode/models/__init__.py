@@ -12,9 +12,11 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxdecode.config import ModelConfig
+from jaxdecode.models.chatglm import ChatGLM
 from jaxdecode.models.decoder import Decoder, Params, bind, params_of, project
 from jaxdecode.models.llama import Llama
 from jaxdecode.models.mistral import Mistral
+from jaxdecode.models.opt import OPT
 from jaxdecode.models.qwen2 import Qwen2
 from jaxdecode.models.qwen3 import Qwen3
 
@@ -30,7 +32,14 @@ __all__ = [
     "project",
 ]
 
-MODELS: dict[str, type[Decoder]] = {"llama": Llama, "mistral": Mistral, "qwen2": Qwen2, "qwen3": Qwen3}
+MODELS: dict[str, type[Decoder]] = {
+    "chatglm": ChatGLM,
+    "llama": Llama,
+    "mistral": Mistral,
+    "opt": OPT,
+    "qwen2": Qwen2,
+    "qwen3": Qwen3,
+}
 
 
 def build(config: ModelConfig, params: Params) -> Decoder:

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 
 from jaxdecode.config import ModelConfig
-from jaxdecode.layers import DecoderLayer, Kernels, Linear, Projection, RMSNorm
+from jaxdecode.layers import NORMS, DecoderLayer, Kernels, Linear, Projection
 from jaxdecode.rope import rope_table
 from pallas_kernels.flat_gemm import linear
 from pallas_kernels.heads import Rope, split_heads
@@ -23,11 +23,11 @@ _BY_RULE = Kernels()
 class Embedding(nnx.Module):
     """Rows of a table."""
 
-    def __init__(self, vocab_size: int, embed_dim: int, *, dtype, rngs: nnx.Rngs):
-        self.weight = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (vocab_size, embed_dim), dtype))
+    def __init__(self, rows: int, dim: int, *, dtype, rngs: nnx.Rngs):
+        self.weight = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (rows, dim), dtype))
 
-    def __call__(self, tokens: Array) -> Array:
-        return jnp.take(self.weight.get_value(), tokens, axis=0, mode="clip")
+    def __call__(self, rows: Array) -> Array:
+        return jnp.take(self.weight.get_value(), rows, axis=0, mode="clip")
 
 
 class Decoder(nnx.Module):
@@ -40,35 +40,61 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.embed_dim, dtype=dtype, rngs=rngs)
+        token_dim = config.token_dim or config.embed_dim
+        self.embed = Embedding(config.vocab_size, token_dim, dtype=dtype, rngs=rngs)
         self.layers = nnx.List([self.layer_type(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
-        self.norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=dtype)
+        if config.final_norm:
+            self.norm = NORMS[config.norm](config.embed_dim, config.norm_eps, dtype=dtype)
         if not config.tied_embeddings:
-            self.head = Linear(config.embed_dim, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)
+            self.head = Linear(token_dim, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)
+        if config.rope is None:
+            rows = config.max_position + config.position_offset
+            self.positions = Embedding(rows, config.embed_dim, dtype=dtype, rngs=rngs)
+        if config.token_dim is not None:
+            self.token_in = Linear(config.token_dim, config.embed_dim, bias=False, dtype=dtype, rngs=rngs)
+            self.token_out = Linear(config.embed_dim, config.token_dim, bias=False, dtype=dtype, rngs=rngs)
 
-    def rope(self, positions: Array, context: Array) -> Rope:
-        """cos and sin for tokens at `positions` in sequences that hold `context` tokens."""
-        return rope_table(self.config.rope, self.config.head_dim, positions, context)
+    def rope(self, positions: Array, context: Array) -> Rope | None:
+        """cos and sin for tokens at `positions` in sequences that hold `context` tokens; None for learned positions."""
+        rope = self.config.rope
+        return None if rope is None else rope_table(rope, rope.turned(self.config.head_dim), positions, context)
+
+    def first_input(self, tokens: Array, positions: Array, kernels: Kernels = _BY_RULE) -> Array:
+        """What the first layer takes [..., embed_dim] for tokens [...] at their positions [...]."""
+        x, place = self.embed(tokens), None
+        if self.config.rope is None:
+            place = self.positions(positions + self.config.position_offset)
+        if self.config.token_dim is not None:
+            return linear(x, *self.token_in.operands, residual=place, **kernels.options)
+        return x if place is None else x + place
 
     def logits(self, x: Array, kernels: Kernels = _BY_RULE) -> Array:
         """float32 scores [..., vocab_size] of the next token from the last layer's output [..., embed_dim]."""
         table = self.embed if self.config.tied_embeddings else self.head
-        return linear(x, table.weight.get_value(), norm=self.norm.operand, out_dtype=jnp.float32, **kernels.options)
+        norm = self.norm.operand if self.config.final_norm else None
+        if self.config.token_dim is not None:
+            x, norm = linear(x, *self.token_out.operands, norm=norm, **kernels.options), None
+        return linear(x, table.weight.get_value(), norm=norm, out_dtype=jnp.float32, **kernels.options)
 
     def __call__(self, tokens: Array) -> Array:
-        """Logits [batch, n, vocab_size] of whole sequences [batch, n]."""
+        """Logits [batch, n, vocab_size] of whole sequences [batch, n].
+
+        Raises:
+          ValueError: the sequences are longer than the learned positions.
+        """
         batch, n = tokens.shape
+        self.config.require_positions(n)
         positions = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (batch, n))
         rope = self.rope(positions, jnp.full((batch, 1), n, jnp.int32))
-        x = self.embed(tokens)
         kernels = Kernels(implementation="xla")  # unlike our kernels it can be differentiated
+        x = self.first_input(tokens, positions, kernels)
         for index, layer in enumerate(self.layers):
             attend = functools.partial(_attend_causally, self.config, self.config.window(index), positions, rope)
             x = layer(x, attend, kernels)
         return self.logits(x, kernels)
 
 
-def project(config: ModelConfig, x: Array, projection: Projection, rope: Rope, **options: Any) -> list[Array]:
+def project(config: ModelConfig, x: Array, projection: Projection, rope: Rope | None, **options: Any) -> list[Array]:
     """Query, key and value [..., heads, head_dim] of x [..., embed_dim], normed and turned."""
     norm, weight, bias, q_norm, k_norm = projection
     shape = {"num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
@@ -77,7 +103,7 @@ def project(config: ModelConfig, x: Array, projection: Projection, rope: Rope, *
 
 
 def _attend_causally(
-    config: ModelConfig, window: int | None, positions: Array, rope: Rope, x: Array, projection: Projection
+    config: ModelConfig, window: int | None, positions: Array, rope: Rope | None, x: Array, projection: Projection
 ) -> Array:
     query, *new = project(config, x, projection, rope, implementation="xla")
     keys, values = (jnp.swapaxes(part, 1, 2) for part in new)

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdecode.config import ModelConfig, UnifiedMax
+from jaxdecode.config import ModelConfig, RopeConfig, UnifiedMax
 from jaxdecode.generation import jit_generate, stream
 from jaxdecode.models import init_params
+from tests.tiny import CHATGLM, OPT, OPT_350M, lively_params
 
 LLAMA = ModelConfig(
     model_type="llama", vocab_size=256, embed_dim=128, mlp_dim=192, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -20,6 +21,13 @@ LLAMA = ModelConfig(
 # the second layer's range is left by some rows of attention: those are computed again
 RANGES = UnifiedMax(value=0.0, lowest=-20.0, highest=20.0), UnifiedMax(value=0.0, lowest=-20.0, highest=0.5)
 CALIBRATED = dataclasses.replace(LLAMA, unified_max=RANGES)
+CONFIGS = {
+    "online": LLAMA,
+    "unified": CALIBRATED,
+    "opt": dataclasses.replace(LLAMA, **OPT),
+    "opt-350m": dataclasses.replace(LLAMA, **OPT_350M | {"token_dim": 64}),
+    "chatglm": dataclasses.replace(LLAMA, **CHATGLM | {"head_dim": 128, "rope": RopeConfig(rotary_dim=64)}),
+}
 INTERPRET = "mosaic_gpu_interpret"
 
 
@@ -27,9 +35,10 @@ def prompts() -> tuple[jax.Array, jax.Array]:
     return jax.random.randint(jax.random.key(1), (3, 40), 0, LLAMA.vocab_size), jnp.asarray([40, 1, 17])
 
 
-@pytest.mark.parametrize("config", [LLAMA, CALIBRATED], ids=["online", "unified"])
-def test_interpreted_kernels_generate_the_same_tokens(config):
-    params = init_params(config, jax.random.key(0), jnp.bfloat16)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_interpreted_kernels_generate_the_same_tokens(name):
+    config = CONFIGS[name]
+    params = lively_params(config, jax.random.key(0), jnp.bfloat16)
     made = {
         name: jit_generate(params, config, *prompts(), jax.random.key(0), max_new_tokens=6, implementation=name)
         for name in ("reference", INTERPRET)

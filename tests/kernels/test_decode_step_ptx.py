@@ -18,10 +18,12 @@ from tolerance import STEP
 from jaxdecode.aot import CompiledProgram, Program, compile_program
 from jaxdecode.aot.program import walk
 from jaxdecode.cache import KVCache, init_cache
-from jaxdecode.config import ModelConfig, UnifiedMax
+from jaxdecode.config import ModelConfig, RopeConfig, UnifiedMax
 from jaxdecode.engine import step
 from jaxdecode.generation import generate
 from jaxdecode.models import Params, abstract_params, init_params
+from jaxdecode.models.known import KNOWN
+from tests.tiny import CHATGLM, OPT, lively_params
 
 pytestmark = needs_compiler
 
@@ -29,6 +31,10 @@ LLAMA = ModelConfig(
     model_type="llama", vocab_size=256, embed_dim=256, mlp_dim=192, num_layers=2, num_heads=4, num_kv_heads=2,
     head_dim=64, max_position=192,
 )  # fmt: skip
+OPT_SHAPED = dataclasses.replace(LLAMA, **OPT | {"tied_embeddings": False})  # which keeps the logits around 1
+CHATGLM_SHAPED = dataclasses.replace(
+    LLAMA, **CHATGLM | {"num_heads": 16, "head_dim": 128, "rope": RopeConfig(rotary_dim=64)}
+)
 # of the second layer's attention some rows leave the range
 RANGES = UnifiedMax(value=0.0, lowest=-20.0, highest=20.0), UnifiedMax(value=0.0, lowest=-20.0, highest=1.5)
 EXECUTED = {
@@ -42,13 +48,19 @@ EXECUTED = {
         "float16",
         "rtx4090",
     ),
+    "opt": (OPT_SHAPED, 3, "float16", "a100-80gb"),
+    "opt one row 86": (OPT_SHAPED, 1, "bfloat16", "rtx3090"),
+    "chatglm": (CHATGLM_SHAPED, 3, "float16", "a100-80gb"),
+    "chatglm one row 89": (CHATGLM_SHAPED, 1, "bfloat16", "rtx4090"),
 }
-LLAMA2_7B = ModelConfig(
-    model_type="llama", vocab_size=32000, embed_dim=4096, mlp_dim=11008, num_layers=32, num_heads=32,
-    num_kv_heads=32, head_dim=128, max_position=4096,
-    unified_max=(UnifiedMax(value=-16.8, lowest=-16.8, highest=6.5),) * 32,
-)  # fmt: skip
-LOOPS = {f"{card} batch={batch}": (card, batch) for card in ("a100-80gb", "rtx3090") for batch in (1, 8)}
+LLAMA2_7B = dataclasses.replace(
+    KNOWN["llama2-7b"], unified_max=(UnifiedMax(value=-16.8, lowest=-16.8, highest=6.5),) * 32
+)
+LOOPS = {
+    f"llama2-7b {card} batch={batch}": (LLAMA2_7B, card, batch)
+    for card in ("a100-80gb", "rtx3090")
+    for batch in (1, 8)
+} | {f"{name} batch=1": (KNOWN[name], "a100-80gb", 1) for name in ("opt-6.7b", "chatglm2-6b")}
 BLOCK_KV = 64
 
 
@@ -69,7 +81,7 @@ def filled_cache(config: ModelConfig, batch: int, dtype: str) -> KVCache:
 def test_executed_step(name):
     config, batch, dtype, card = EXECUTED[name]
     program = compile_program(one_step, config, batch, config.max_position, dtype, target=card)
-    params, cache = init_params(config, jax.random.key(0), dtype), filled_cache(config, batch, dtype)
+    params, cache = lively_params(config, jax.random.key(0), dtype), filled_cache(config, batch, dtype)
     tokens = jax.random.randint(jax.random.key(1), (batch,), 0, config.vocab_size)
     definition = functools.partial(step, implementation="reference")
     expected = jax.tree.leaves(jax.jit(definition, static_argnums=1)(params, config, cache, tokens))
@@ -115,8 +127,8 @@ def test_each_byte_of_weights_and_cache_is_asked_for_once(name):
 
 @functools.cache
 def compiled_loop(name: str) -> CompiledProgram:
-    card, batch = LOOPS[name]
-    return compile_program(loop, LLAMA2_7B, batch, 1024, "float16", target=card)
+    config, card, batch = LOOPS[name]
+    return compile_program(loop, config, batch, 1024, "float16", target=card)
 
 
 def sharded(check_vma: bool) -> Program:
@@ -144,8 +156,8 @@ def test_generate_under_shard_map_compiles(check_vma):
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_llama2_7b_is_one_graph_of_few_kernels(name):
-    program, num_layers = compiled_loop(name), LLAMA2_7B.num_layers
+def test_a_step_is_one_graph_of_few_kernels(name):
+    program, num_layers = compiled_loop(name), LOOPS[name][0].num_layers
     [outer] = [node for node in program.graphs if node.kind == "while"]
     [graph] = outer.children["body"]
     assert graph.kind == "command_buffer"
@@ -158,12 +170,12 @@ def test_llama2_7b_is_one_graph_of_few_kernels(name):
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_llama2_7b_copies_no_weight_and_no_cache(name):
-    program = compiled_loop(name)
-    cache_bytes = 2 * LLAMA2_7B.num_layers * LOOPS[name][1] * 1024 * 4096 * 2
+def test_a_step_copies_no_weight_and_no_cache(name):
+    program, (config, _, batch) = compiled_loop(name), LOOPS[name]
+    cache_bytes = 2 * config.num_layers * batch * 1024 * config.num_kv_heads * config.head_dim * 2
     assert program.memory.temporaries < 32 << 20
     assert program.memory.aliased >= cache_bytes
-    largest = 2 << 20  # the smallest weight has 32 MiB, so has a layer's cache of one sequence with 4096 slots
+    largest = 2 << 20  # the smallest weight has 32 MiB; a layer's keys 8 MiB a sequence, ChatGLM2's half of one
     for thunk in program.walk():
         if thunk.kind == "device_to_device_copy":
             assert thunk.argument("destination").size < largest, thunk
