@@ -9,7 +9,7 @@ BIN := .venv/bin
 # Two processes, each test file in one of them.
 PYTEST := -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-live test-compiled test-mutations kernel-report lint types env env-hf env-check weights clean
+.PHONY: demo test test-live test-compiled test-mutations check-figure lint types env env-hf env-check weights clean
 
 demo: env
 	@$(BIN)/python scripts/demo.py --max-new-tokens $(MAX_NEW_TOKENS) -- "$$DEMO_QUESTION"
@@ -25,11 +25,13 @@ test-live: env-hf weights
 # Programs compiled for cards that are not here, and run: an environment that also holds NVIDIA's compiler.
 test-compiled: env-check
 	.venv-check/bin/python $(PYTEST) tests/aot tests/ptx tests/kernels -k "not interpreted"
-	.venv-check/bin/python benchmarks/kernel_report.py --batch 1 --batch 8 --context 1024
+	.venv-check/bin/jaxdecode check llama2-7b opt-6.7b chatglm2-6b --batch 1,8 --strict \
+		--gpu a100-80gb --gpu rtx3090 --gpu rtx4090 --gpu h100
 
-# Every kernel compiled at every shape of the paper's models: most of half an hour.
-kernel-report: env-check
-	.venv-check/bin/python benchmarks/kernel_report.py
+# Every cell of the paper's figure compiled for its card: about ten minutes. Its tables go to benchmarks/results/compiled.
+check-figure: env-check
+	.venv-check/bin/python benchmarks/figure_cells.py --csv benchmarks/results/compiled/cells.csv \
+		--kernels benchmarks/results/compiled/kernels.csv
 
 # Faults planted in the kernels, each found by a test.
 test-mutations: env-check

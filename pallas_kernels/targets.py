@@ -120,8 +120,9 @@ def find_target(name: str) -> Target:
     wanted = re.sub(r"[^a-z0-9]", "", name.lower())
     if wanted in plain:
         return plain[wanted]
-    near = difflib.get_close_matches(name.lower(), TARGETS, n=1, cutoff=0.3)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    longer = [key for key in TARGETS if re.sub(r"[^a-z0-9]", "", key).startswith(wanted)]
+    near = longer or difflib.get_close_matches(name.lower(), TARGETS, n=1, cutoff=0.3)
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
     raise ValueError(f"no card {name!r}{hint}; there are {', '.join(TARGETS)}, and files that end in .toml")
 
 
@@ -140,7 +141,7 @@ def read_target(file: Path) -> Target:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"cannot read a card from {file}: {error}") from error
     like = given.pop("like", None)
-    fields = {field.name: field.type for field in dataclasses.fields(Target)}
+    fields = {field.name: str(field.type) for field in dataclasses.fields(Target)}
     values = dataclasses.asdict(find_target(like)) if isinstance(like, str) else {}
     if like is None or "name" in given:
         values.pop("name", None)
@@ -166,7 +167,7 @@ _EXPECTED = {
 }
 
 
-def _fits(kind: Any, value: Any) -> bool:
+def _fits(kind: str, value: Any) -> bool:
     if kind == "str":
         return isinstance(value, str)
     if kind == "tuple[int, int]":

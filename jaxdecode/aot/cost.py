@@ -103,8 +103,8 @@ def kernel_seconds(work: Work, target: Target, assumed: Assumptions, *, captured
     """Modelled seconds of one launch, by what they are spent on; their sum is its time.
 
     Returns:
-      "bytes": the least bytes at the nominal bandwidth, the time of an ideal kernel; "reached bandwidth": that this
-      is not reached; "padding": bytes beyond the least; "bytes in flight", "level-2 cache", "arithmetic": what a
+      "bytes": the least bytes at the nominal bandwidth, the time of an ideal kernel; "memory efficiency": that no
+      kernel reaches it; "padding": bytes beyond the least; "bytes in flight", "level-2 cache", "arithmetic": what a
       whole wave waits for instead of memory; "last wave": that it leaves some of the card idle; "start" of a kernel's
       first bytes, and adding up of splits; "gap" to the next kernel.
     """
@@ -113,7 +113,7 @@ def kernel_seconds(work: Work, target: Target, assumed: Assumptions, *, captured
     whole, rest = divmod(work.blocks, slots)
     spent = {
         "bytes": work.least / (target.bandwidth * 1e9),
-        "reached bandwidth": work.least / reached - work.least / (target.bandwidth * 1e9),
+        "memory efficiency": work.least / reached - work.least / (target.bandwidth * 1e9),
         "padding": (work.requested - work.least) / reached,
     }
     for count, blocks, last in ((whole, slots, False), (1 if rest else 0, rest, True)):

@@ -6,6 +6,7 @@ import dataclasses
 import re
 
 from jaxdecode.aot.program import Kernel
+from pallas_kernels.targets import Target
 
 _COPY = re.compile(r"cp\.async\.c([ag])\.shared\S* .*, (\d+)(?:, \S+)?;")
 _TMA = "cp.async.bulk.tensor"
@@ -27,6 +28,23 @@ class KernelFacts:
     tensor_cores: bool
     async_copies: int
     narrow_copies: int
+
+
+def find_faults(kernel: Kernel, target: Target) -> list[str]:
+    """What a kernel of ours must not do: leave registers or shared memory, or fetch in small pieces or one by one."""
+    facts, report, op = inspect_kernel(kernel), kernel.report, kernel.name
+    assert report is not None  # inspect_kernel has seen it
+    shared, attention = kernel.launch.shared_bytes + report.shared_bytes, "attention" in op
+    faults = {
+        f"spills {facts.spill_bytes} bytes of registers a thread": facts.spill_bytes,
+        "uses local memory": facts.local_memory and not facts.spill_bytes,
+        "lacks tensor-core instructions": not facts.tensor_cores and not op.startswith("gemv"),
+        "copies nothing 16 bytes a thread, nor by TMA": not facts.async_copies,
+        "copies less than 16 bytes a thread": facts.narrow_copies and attention,  # a product may do so with x
+        f"needs {shared} bytes of shared memory, the card has {target.shared_per_block}": shared
+        > target.shared_per_block,
+    }
+    return [fault for fault, is_so in faults.items() if is_so]
 
 
 def inspect_kernel(kernel: Kernel) -> KernelFacts:

@@ -36,7 +36,7 @@ def read_records(data: bytes) -> list[bytes]:
 
 
 def _simple_chunk(data: bytes, count: int) -> list[bytes]:
-    from cramjam import snappy
+    from cramjam import snappy  # pyright: ignore[reportMissingImports]: of the extra `check`
 
     def unsnap(part: bytes) -> bytes:
         return bytes(snappy.decompress_raw(part))

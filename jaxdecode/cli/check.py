@@ -38,6 +38,9 @@ def check(
     kernels: Annotated[bool, typer.Option("--kernels", help="Also list the kernels of each step.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG of rooflines here.", dir_okay=False)] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail also where a kernel spills, copies weights, or asks for too much.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(help="Compiling processes; by default one a core.", min=1)] = None,
 ) -> None:
     """Compile a model's generation for cards that are not here: does it fit, with which kernels, how fast at best.
@@ -47,7 +50,7 @@ def check(
     from rich.console import Console
 
     from jaxdecode.aot.check import Assumptions, check_cells, versions
-    from jaxdecode.aot.check.table import show_cells
+    from jaxdecode.aot.check.table import WIDTH, show_cells
 
     assumed = Assumptions()
     questions = _questions(model, gpu, _numbers("--batch", batch), _numbers("--context", context), dtype)
@@ -61,8 +64,10 @@ def check(
         whole = {"versions": versions(), "assumed": assumed.describe(), "cells": [cell.to_dict() for cell in cells]}
         typer.echo(json.dumps(whole))
     else:
-        show_cells(cells, assumed, Console(highlight=False), kernels=kernels or len(cells) == 1)
-    if any(cell.error for cell in cells):
+        console = Console(highlight=False)
+        console.width = max(WIDTH, console.width)
+        show_cells(cells, assumed, console, kernels=kernels or len(cells) == 1)
+    if any(cell.error or (strict and cell.faults) for cell in cells):
         raise typer.Exit(1)
 
 

@@ -9,6 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxdecode.aot import Program
+from jaxdecode.aot.check.program import generation
+from jaxdecode.config import ModelConfig
 
 CONSTANT = np.random.default_rng(0).standard_normal((8, 1024)).astype(np.float32)
 
@@ -122,6 +124,11 @@ def aborts_below_sm_90() -> Program:
         kernel, out_type=of(256), grid=(1,), grid_names=("i",), scratch_types=[plgpu.SMEM((256,), jnp.float32)]
     )
     return Program(function=call, args=(of(256),))
+
+
+def generation_that_may_abort(config: ModelConfig, batch: int, context: int, dtype: str) -> Program:
+    """A cell's program for one row; for more the compiler ends the process."""
+    return generation(config, batch, context, dtype) if batch == 1 else aborts_below_sm_90()
 
 
 def fails() -> Program:

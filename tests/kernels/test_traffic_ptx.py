@@ -14,7 +14,7 @@ from test_decode_attention_cases import Case as AttentionCase
 from test_flat_gemm_cases import Case, blocks, build
 
 from jaxdecode.aot import compile_program
-from jaxdecode.aot.traffic import decode_attention_traffic, product_traffic
+from jaxdecode.aot.traffic import attention_traffic, product_traffic
 from pallas_kernels.decode_attention.config import DecodeAttentionConfig
 
 pytestmark = needs_compiler
@@ -81,9 +81,10 @@ def test_decode_attention(name):
     inputs = [*case.arrays(), attention.counters(case)]
     counts = requests(program, inputs)
     config = case.config
-    traffic = decode_attention_traffic(
-        config,
+    traffic, busy = attention_traffic(
         case.lengths,
+        block_kv=config.block_kv,
+        split_kv=config.split_kv,
         num_kv_heads=case.num_kv_heads,
         num_heads=case.num_kv_heads * case.q_per_kv,
         head_dim=case.head_dim,
@@ -103,6 +104,7 @@ def test_decode_attention(name):
             assert (seen == 1).all()
             valid += seen.size
     assert valid == traffic.least
+    assert busy <= len(case.lengths) * case.num_kv_heads * config.split_kv
 
 
 def test_an_overflowed_row_reads_its_sequence_once_more():

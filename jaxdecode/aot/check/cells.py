@@ -41,6 +41,14 @@ class Question:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
 
+    def refusal(self) -> str | None:
+        """Why generation would refuse it: more tokens than there are learned positions."""
+        try:
+            self.config.require_positions(self.context)
+        except ValueError as error:
+            return f"{error} (--extend-positions makes more)"
+        return None
+
     def with_positions(self) -> Question:
         """The same for a model with as many learned positions as the context asks for."""
         if self.config.rope is not None or self.config.max_position >= self.context:
@@ -78,7 +86,9 @@ class Cell:
 
     Attributes:
       card: its short name, or its own where it came from a file.
+      max_position: tokens that the model was made for.
       error: why it did not compile.
+      faults: what is wrong with its kernels: spills, copies of weights or caches, more bytes than there are, ….
       bytes_per_token: least bytes of weights, keys and values that a decode step reads.
     """
 
@@ -87,8 +97,10 @@ class Cell:
     dtype: str
     batch: int
     context: int
+    max_position: int
     fit: Fit
     error: str | None = None
+    faults: tuple[str, ...] = ()
     program: ProgramFacts | None = None
     kernels: tuple[KernelUse, ...] = ()
     bytes_per_token: int | None = None
@@ -117,7 +129,7 @@ def check_cells(
       MissingCompilerError: the extra `check` is not installed.
     """
     bare = [_fit(question) for question in questions]
-    compiled = [question for question, fit in zip(questions, bare, strict=True) if fit.fits]
+    compiled = [q for q, fit in zip(questions, bare, strict=True) if fit.fits and not q.refusal()]
     jobs = [
         Job(build=program.generation, target=q.target, args=(q.config, q.batch, q.context, q.dtype)) for q in compiled
     ]
@@ -128,15 +140,16 @@ def check_cells(
         if progress:
             progress(len(done), len(jobs))
 
-    outcomes = dict(zip(compiled, compile_programs(jobs, workers=workers, done=tell), strict=True))
+    programs = compile_programs(jobs, workers=workers, done=tell) if jobs else []
+    outcomes = dict(zip(compiled, programs, strict=True))
     pairs = zip(questions, bare, strict=True)
     return [_cell(question, fit, outcomes.get(question), assumed) for question, fit in pairs]
 
 
 def versions() -> dict[str, str]:
-    """Of what decides how a program compiles."""
+    """Of what decides how a program compiles, as far as it is installed."""
     names = ("jaxdecode", "jax", "jaxlib", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
-    return {name: importlib.metadata.version(name) for name in names}
+    return {found.name: found.version for found in importlib.metadata.distributions() if found.name in names}
 
 
 def _fit(question: Question, outcome: CompiledProgram | None = None) -> Fit:
@@ -160,7 +173,9 @@ def _cell(
         dtype=question.dtype,
         batch=question.batch,
         context=question.context,
+        max_position=question.config.max_position,
         fit=fit,
+        error=question.refusal(),
     )
     if outcome is None:
         return cell
@@ -183,6 +198,7 @@ def _cell(
     return dataclasses.replace(
         cell,
         fit=_fit(question, outcome),
+        faults=tuple(dict.fromkeys(loop.faults(uses))),
         program=facts,
         kernels=tuple(uses),
         bytes_per_token=sum(use.launches * use.least_bytes for use in uses),

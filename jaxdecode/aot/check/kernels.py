@@ -8,13 +8,15 @@ import re
 from collections.abc import Iterable, Mapping
 
 from jaxdecode.aot.cost import Assumptions, Work, blocks_per_sm, kernel_seconds
-from jaxdecode.aot.inspection import inspect_kernel
+from jaxdecode.aot.inspection import find_faults
 from jaxdecode.aot.program import Argument, CompiledProgram, GraphNode, Kernel, Slice, Thunk, walk
 from jaxdecode.aot.traffic import Traffic, attention_traffic, product_traffic
 from jaxdecode.config import ModelConfig
 from pallas_kernels.kernel_names import read_kernel_name
 
 _ITEMSIZE = {"f16": 2, "bf16": 2, "f32": 4}
+_LARGE_COPY = 1 << 20  # bytes, of whatever
+_MOST_BYTES = 1.02  # times the least that a product may ask for
 _ROW_TILE = 8  # rows of activations, or query heads, that tensor cores pad to
 
 
@@ -37,7 +39,7 @@ class KernelUse:
       waves: blocks over those that the card holds at a time.
       in_flight: bytes that a multiprocessor has asked for and not yet got; None if not known.
       least_bytes: weights, or keys and values that are valid.
-      requested_bytes: asked for of those.
+      requested_bytes: asked for of those, bytes that two blocks ask for counted twice.
       activation_bytes: asked for of activations, mostly of the level-2 cache.
       modelled_seconds: of one launch, the gap after it included.
       spent: the same, by what they are spent on: see `cost.kernel_seconds`.
@@ -75,7 +77,6 @@ class ProgramFacts:
       captured: launches that are part of a CUDA graph.
       graphs: that are launched a token.
       round_trips: waits of the host for the device a token.
-      copies: of weights or caches: what copies, and how many bytes, a token.
       prefill_kernels: launches of each pass over a chunk of the prompt, by the chunk's tokens a row.
     """
 
@@ -84,7 +85,6 @@ class ProgramFacts:
     captured: int
     graphs: int
     round_trips: int
-    copies: tuple[tuple[str, int], ...]
     prefill_kernels: Mapping[int, int]
 
 
@@ -129,12 +129,22 @@ class DecodeLoop:
             captured=sum(thunk.id in self._captured for thunk in launched),
             graphs=len(list(_graphs(self._node))),
             round_trips=1 + sum(thunk.kind in ("while", "conditional") for thunk in walk(self._loop.children["body"])),
-            copies=tuple(self._copies()),
             prefill_kernels={
                 chunk: sum(map(_runs, walk(loop.children["body"])))
                 for chunk, loop in zip(chunks, self._passes, strict=True)
             },
         )
+
+    def faults(self, uses: Iterable[KernelUse]) -> Iterable[str]:
+        """What is wrong with the whole program's kernels of ours, and with the loop; nothing if all is well."""
+        for kernel in self._program.kernels.values():
+            if kernel.kind == "mosaic":
+                yield from (f"{kernel.name} {fault}" for fault in find_faults(kernel, self._program.target))
+        for use in uses:
+            if use.weight and use.requested_bytes > _MOST_BYTES * use.least_bytes:
+                yield f"{use.name} asks for {use.requested_bytes / use.least_bytes:.3f} times the bytes there are"
+        for name, size in self._copies():
+            yield f"{name} copies {size:,} bytes of weights or caches a token"
 
     def uses(self, assumed: Assumptions) -> list[KernelUse]:
         """Its kernels, each with the number of its launches, in order of first use."""
@@ -169,7 +179,7 @@ class DecodeLoop:
             grid=launch.grid if launch else (0, 0, 0),
             threads=math.prod(launch.block) if launch else 0,
             registers=report.registers if report else None,
-            spill_bytes=inspect_kernel(kernel).spill_bytes if kernel and known else 0,
+            spill_bytes=report.spill_store_bytes + report.spill_load_bytes if report else 0,
             shared_bytes=launch.shared_bytes + report.shared_bytes if launch and report else 0,
             blocks_per_sm=work.blocks_per_sm if known else None,
             waves=work.blocks / (work.blocks_per_sm * self._program.target.num_sms) if known else None,
@@ -239,11 +249,11 @@ class DecodeLoop:
         return "decode_attention", keys.shape or (), work
 
     def _others_work(self, launch: _Launch) -> tuple[str, tuple[int, ...], Work]:
-        """One of XLA's: an ideal kernel over its arguments; one that picks from them reads what it writes."""
+        """One of XLA's: an ideal kernel over its arguments; a loop over its results reads as much as it writes."""
         target, kernel = self._program.target, launch.kernel
         _, weight = self._weight(launch.thunk)
         written = sum(part.size for part in _slices(launch.thunk.buffers, written=True))
-        picks = any(word in launch.thunk.name for word in ("gather", "dynamic"))
+        picks = any(word in launch.thunk.name for word in ("loop_", "gather", "dynamic"))
         least = 0 if picks else weight.size
         read = sum(part.size for part in _slices(launch.thunk.buffers, written=False))
         others = min(read - least, written) if picks else read - least
@@ -272,18 +282,17 @@ class DecodeLoop:
         return int(layer.group(1)) if layer else None
 
     def _copies(self) -> Iterable[tuple[str, int]]:
-        """Thunks that are not ours and write the bytes of a weight matrix or of a layer's keys, and not in place."""
-        config = self._config
-        large = {part.size for _, part in self._weights.values() if len(part.shape or ()) == 2}
-        slots = -(-self._context // 32) * 32
-        for itemsize in set(_ITEMSIZE.values()):
-            large.add(self._batch * config.num_kv_heads * slots * config.head_dim * itemsize)
+        """What is not ours and writes, not in place, an array shaped like a weight matrix or a layer's keys."""
+        config, slots = self._config, -(-self._context // 32) * 32
+        shapes = {part.shape for _, part in self._weights.values() if part.shape and len(part.shape) == 2}
+        shapes.add((self._batch, config.num_kv_heads, slots, config.head_dim))
         for thunk in walk(self._loop.children["body"]):
             if thunk.kernel and self._program.kernels[thunk.kernel].kind == "mosaic":
                 continue
             read = {(part.allocation, part.offset) for part in _slices(thunk.buffers, written=False)}
             for part in _slices(thunk.buffers, written=True):
-                if part.size in large and (part.allocation, part.offset) not in read and part.shape != ():
+                large = thunk.kind == "device_to_device_copy" and part.size >= _LARGE_COPY
+                if (part.shape in shapes or large) and (part.allocation, part.offset) not in read:
                     yield thunk.name or thunk.kind, part.size
 
 

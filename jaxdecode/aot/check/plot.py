@@ -17,10 +17,10 @@ def plot_rooflines(questions: Sequence[Question], cells: Sequence[Cell], file: P
       ImportError: matplotlib is not installed.
       ValueError: no cell has a modelled time.
     """
-    import matplotlib
+    import matplotlib  # pyright: ignore[reportMissingImports]: of the extra `check`
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
     pairs = [(q, c) for q, c in zip(questions, cells, strict=True) if c.modelled is not None]
     if not pairs:

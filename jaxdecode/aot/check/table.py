@@ -12,7 +12,7 @@ from jaxdecode.aot.check.cells import Cell
 from jaxdecode.aot.check.kernels import KernelUse
 from jaxdecode.aot.cost import Assumptions
 
-_WIDTH = 120  # of a table, at least: its numbers are not cut off for a narrower terminal
+WIDTH = 120  # of a console, at least, that numbers are not cut off
 _GB = 1e9
 _COLUMNS = {
     "batch": "right", "context": "right", "GB": "right", "fits": "left", "most\nbatch": "right",
@@ -36,7 +36,7 @@ def show_cells(cells: Sequence[Cell], assumed: Assumptions, console: Console, *,
             table.add_column(name, justify=justify, no_wrap=True)  # pyright: ignore
         for cell in mine:
             table.add_row(*_row(cell), style=None if cell.fit.fits and not cell.error else "red")
-        console.print(table, width=max(_WIDTH, console.width), soft_wrap=True)
+        console.print(table, soft_wrap=True)
         say("")
         for line in dict.fromkeys(line for cell in mine for line in notes(cell)):
             say(f"- {line}")
@@ -56,29 +56,21 @@ def notes(cell: Cell) -> Iterable[str]:
         yield f"{where} does not fit, {least}{(fit.total - fit.memory) / _GB:.2f} GB too many"
     if cell.error:
         yield f"{where} does not compile: {cell.error}"
+    elif cell.context > cell.max_position:
+        yield f"context {cell.context} is beyond the {cell.max_position} positions that the model was made for"
     if fit.memory_fraction and fit.fits:
         yield f"{where} needs XLA_PYTHON_CLIENT_MEM_FRACTION={fit.memory_fraction:.2f}, as JAX takes 0.75 by itself"
+    for fault in cell.faults:
+        yield f"{where} {fault}"
     if program is None:
         return
-    graphs = f"{program.captured} of {program.kernels_per_token}"
-    if program.captured == program.kernels_per_token and program.graphs == 1:
-        graphs = "all kernels of a token"
-    rounds = f"the host waits {program.round_trips} times a token" if program.round_trips > 1 else ""
-    yield "; ".join(
-        part
-        for part in (
-            f"{program.kernels_per_layer:g} kernels of ours a layer",
-            f"{graphs} in {program.graphs} CUDA graph{'s' * (program.graphs != 1)}",
-            rounds or "the host waits once a token",
-            "no copy of weights or caches" if not program.copies else "",
-        )
-        if part
+    whole = program.captured == program.kernels_per_token and program.graphs == 1
+    graphs = "all" if whole else f"{program.captured} of {program.kernels_per_token}"
+    yield (
+        f"{program.kernels_per_layer:g} kernels of ours a layer; {graphs} launches of a token in "
+        f"{program.graphs} CUDA graph{'s' * (program.graphs != 1)}, the host waits "
+        + ("once" if program.round_trips == 1 else f"{program.round_trips} times")
     )
-    for name, size in program.copies:
-        yield f"{where} {name} copies {size / _GB:.3f} GB of weights or caches a token"
-    for use in cell.kernels:
-        if use.spill_bytes and use.kind == "mosaic":
-            yield f"{where} {use.name} spills {use.spill_bytes} bytes of registers a thread"
 
 
 def _row(cell: Cell) -> list[str]:
@@ -125,8 +117,9 @@ def _our_kernel(use: KernelUse) -> Iterable[str]:
         f"    {use.registers} registers, {use.spill_bytes} bytes spilled, {use.shared_bytes:,} shared; "
         f"{use.blocks_per_sm} blocks an SM, {use.waves:.2f} waves, {use.in_flight:,} bytes in flight an SM"
     )
-    spent = ", ".join(f"{name} {1e6 * seconds:.1f}" for name, seconds in use.spent.items())
     yield (
-        f"    {use.least_bytes:,} bytes, {use.requested_bytes / max(use.least_bytes, 1):.3f} of them requested, and "
-        f"{use.activation_bytes:,} of activations; modelled {1e6 * use.modelled_seconds:.1f} µs ({spent})"
+        f"    asks for {use.requested_bytes:,} bytes, at least {use.least_bytes:,}; "
+        f"of activations {use.activation_bytes:,}"
     )
+    spent = ", ".join(f"{name} {1e6 * seconds:.1f}" for name, seconds in use.spent.items())
+    yield f"    modelled {1e6 * use.modelled_seconds:.1f} µs: {spent}"

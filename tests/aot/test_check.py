@@ -1,0 +1,236 @@
+"""`jaxdecode check` on tiny models: what the cells say is what was compiled, and bad input is one clear error."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import tiny_model
+
+import jaxdecode
+from aot import programs
+from jaxdecode.aot import compiler, compiler_installed
+from jaxdecode.aot.check import Cell, check, program
+from jaxdecode.aot.check.fit import find_fit, slot_bytes, weight_bytes
+from jaxdecode.aot.check.prefill import passes
+from jaxdecode.aot.program import MemoryUse
+from jaxdecode.cli import main
+from jaxdecode.models.known import KNOWN, parameters
+from pallas_kernels.kernel_names import kernel_name, read_kernel_name
+from pallas_kernels.targets import find_target
+
+needs_compiler = pytest.mark.skipif(not compiler_installed(), reason='needs pip install "jaxdecode[check]"')
+
+TINY = dataclasses.replace(KNOWN["llama2-7b"], vocab_size=512, embed_dim=256, mlp_dim=192, num_layers=3, num_heads=4,
+                           num_kv_heads=2, head_dim=64, max_position=256)  # fmt: skip
+LLAMA_7B = KNOWN["llama2-7b"]
+A100 = find_target("a100-80gb")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs `jaxdecode check`; returns exit code, stdout and stderr."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["jaxdecode", "check", *map(str, arguments)])
+        try:
+            code = main()
+        except SystemExit as exit:
+            code = exit.code
+        captured = capsys.readouterr()
+        return code or 0, captured.out, captured.err
+
+    return call
+
+
+def test_kernel_names():
+    name = kernel_name("flat_gemm", n=64, k=128, stages=4)
+    assert name == "flat_gemm_n64_k128_stages4"
+    assert read_kernel_name(f"{name}_mosaic_gpu_kernel") == ("flat_gemm", {"n": 64, "k": 128, "stages": 4})
+    assert read_kernel_name("decode_attention") == ("decode_attention", {})
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("name", KNOWN)
+def test_weights_are_the_published_parameters(name, dtype):
+    size = {"float16": 2, "float32": 4}[dtype]
+    assert weight_bytes(KNOWN[name], dtype) == size * parameters(KNOWN[name])
+
+
+def test_the_most_that_fits_fits_and_one_more_does_not():
+    assert slot_bytes(LLAMA_7B, "float16") == 512 << 10
+    compiled = MemoryUse(arguments=2 * 6_738_415_616, outputs=0, aliased=0, temporaries=(4 << 30) + (1 << 28))
+    fit = find_fit(LLAMA_7B, "float16", batch=8, context=1024, target=A100, compiled=compiled)
+    assert (fit.weights, fit.caches, fit.temporaries) == (2 * 6_738_415_616, 4 << 30, 1 << 28)
+    assert fit.fits and fit.memory_fraction is None
+    for rows, context, fits in (
+        (fit.largest_batch, 1024, True),
+        (fit.largest_batch + 1, 1024, False),
+        (8, fit.largest_context, True),
+        (8, fit.largest_context + 32, False),
+    ):
+        grown = (1 << 28) * (rows // 8 if context == 1024 else 1)  # temporaries grow with the rows
+        need = fit.weights + rows * context * (512 << 10) + grown
+        assert (need <= A100.memory_bytes) == fits
+
+
+def test_what_does_not_fit_says_by_how_much():
+    fit = find_fit(LLAMA_7B, "float16", batch=8, context=8192, target=find_target("rtx3090"))
+    assert not fit.fits and fit.temporaries is None
+    assert fit.total - fit.memory == 2 * 6_738_415_616 + 8 * 8192 * (512 << 10) - 25_300_000_000
+    tight = find_fit(LLAMA_7B, "float16", batch=8, context=2048, target=find_target("rtx3090"))
+    assert tight.fits and tight.memory_fraction == 0.88  # 22.07 of 25.3 GB
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"), [(960, {256: 3, 32: 6}), (64, {32: 2}), (33, {32: 2}), (256, {256: 1, 32: 0})]
+)
+def test_passes_over_a_prompt(prompt, expected):
+    assert passes(prompt) == expected
+
+
+def tiny_cell(**changes) -> Cell:
+    [cell] = check(dataclasses.replace(TINY, **changes), gpus=["a100-80gb"], batches=[3], contexts=[160], workers=1)
+    assert cell.error is None, cell.error
+    return cell
+
+
+@needs_compiler
+def test_a_cell_says_what_was_compiled():
+    cell = tiny_cell()
+    assert cell.program is not None and cell.modelled is not None
+    assert cell.program.kernels_per_layer == 5 and cell.program.graphs == cell.program.round_trips == 1
+    assert cell.program.captured == cell.program.kernels_per_token == sum(use.launches for use in cell.kernels)
+    assert cell.faults == () and list(cell.program.prefill_kernels) == [32]
+    ours = {use.weight or use.op: use for use in cell.kernels if use.kind == "mosaic"}
+    assert {name: (use.shape, use.launches) for name, use in ours.items()} == {
+        "layers.*.attention.qkv.weight": ((512, 256), 3),
+        "decode_attention": ((3, 2, 160, 64), 3),
+        "layers.*.attention.out.weight": ((256, 256), 3),
+        "layers.*.mlp.gate_up.weight": ((384, 256), 3),
+        "layers.*.mlp.down.weight": ((256, 192), 3),
+        "head.weight": ((512, 256), 1),
+    }
+    weights = 2 * (3 * (512 * 256 + 256 * 256 + 384 * 256 + 256 * 192) + 512 * 256)
+    assert cell.bytes_per_token == weights + 3 * 2 * 3 * 2 * 160 * 64 * 2
+    modelled = cell.modelled
+    assert modelled.roofline_seconds == cell.bytes_per_token / 2039e9
+    assert modelled.seconds_per_token == pytest.approx(sum(modelled.spent.values()))
+    assert modelled.tokens_per_second == pytest.approx(3 / modelled.seconds_per_token)
+    assert modelled.prefill_seconds[0] < modelled.prefill_seconds[1]
+    json.dumps(cell.to_dict())
+
+
+@needs_compiler
+def test_windows_norms_and_other_families():
+    windowed = tiny_cell(layer_windows=(None, 64, 64))
+    attentions = [use for use in windowed.kernels if use.op == "decode_attention"]
+    assert [(use.launches, use.least_bytes) for use in attentions] == [
+        (1, 2 * 3 * 2 * 160 * 64 * 2),
+        (2, 2 * 3 * 2 * 64 * 64 * 2),
+    ]
+    opt = tiny_cell(model_type="opt", rope=None, norm="layer", gated_mlp=False, activation="relu", num_kv_heads=4,
+                    qkv_bias=True, out_bias=True, mlp_bias=True, tied_embeddings=True, position_offset=2)  # fmt: skip
+    assert opt.program is not None and opt.program.kernels_per_layer == 5
+    assert {use.weight for use in opt.kernels if use.kind == "mosaic"} >= {"layers.*.mlp.up.weight", "embed.weight"}
+
+
+@needs_compiler
+def test_float32_runs_as_xlas_own_kernels():
+    config = dataclasses.replace(TINY, num_layers=1)
+    [cell] = check(config, gpus=["rtx3090"], batches=[1], contexts=[64], dtype="float32", workers=1)
+    assert cell.program is not None and cell.program.kernels_per_layer == 0
+    assert not any(use.kind == "mosaic" for use in cell.kernels)
+    assert cell.bytes_per_token and cell.bytes_per_token >= 4 * 512 * 256
+
+
+@needs_compiler
+def test_a_crash_is_the_error_of_its_own_cell(monkeypatch):
+    monkeypatch.setattr(program, "generation", programs.generation_that_may_abort)
+    cells = check(TINY, gpus=["a100-80gb"], batches=[1, 2], contexts=[64], workers=2)
+    assert cells[0].error is None and cells[0].modelled is not None
+    assert cells[1].error is not None and "ended the process" in cells[1].error and cells[1].modelled is None
+
+
+def test_without_the_compiler_one_line_says_what_to_install(run, monkeypatch):
+    monkeypatch.setattr(compiler, "missing_packages", lambda: ["jax-cuda12-plugin"])
+    code, out, err = run("llama2-7b", "--gpu", "a100-80gb")
+    assert (code, out) == (1, "")
+    assert err.strip() == (
+        'error: compiling for an NVIDIA card needs jax-cuda12-plugin: pip install "jaxdecode[check]"'
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("llama2-8b", "--gpu", "l4"), "no model 'llama2-8b' (did you mean 'llama2-7b'?): neither a checkpoint nor"),
+        (("llama2-7b", "--gpu", "a100"), "no card 'a100' (did you mean a100-80gb or a100-40gb or a100-80gb-pcie?); there are a100-80gb,"),
+        (("llama2-7b", "--gpu", "none.toml"), "cannot read a card from none.toml"),
+        (("llama2-7b", "--gpu", "l4", "--batch", "1;2"), "--batch takes whole numbers with commas between them"),
+        (("llama2-7b", "--gpu", "l4", "--batch", "0"), "batch must be at least 1; got 0"),
+        (("llama2-7b", "--gpu", "l4", "--context", "1"), "context must be at least 2"),
+        (("llama2-7b", "--gpu", "l4", "--dtype", "fp8"), "dtype must be one of float16, bfloat16, float32; got 'fp8'"),
+    ],
+)
+def test_bad_input(run, arguments, message):
+    code, out, err = run(*arguments)
+    assert (code, out) == (1, "") and message in " ".join(err.split())
+
+
+def test_learned_positions_are_refused_or_extended(run):
+    code, out, _ = run("opt-6.7b", "--gpu", "rtx3090", "--context", "4k", "--batch", "8", "--json")
+    assert code == 1 and not json.loads(out)["cells"][0]["fit"]["fits"]
+    assert "has 2048 learned positions; 4096 were asked for (--extend" in json.loads(out)["cells"][0]["error"]
+    code, out, _ = run("opt-6.7b", "--gpu", "rtx3090", "--context", "4k", "--batch", "8", "--extend-positions")
+    assert code == 0 and "opt-6.7b with 4096 positions" in out and "does not fit, at least" in out
+
+
+@needs_compiler
+def test_the_command(run, tmp_path):
+    params, config = tiny_model(vocab_size=300, num_layers=1, max_position=256)
+    jaxdecode.save(tmp_path / "mine", params, config)
+    card = tmp_path / "card.toml"
+    card.write_text('like = "rtx3090"\nname = "half a 3090"\nbandwidth = 468')
+    picture = tmp_path / "roof.png"
+    whole = ["--gpu", str(card), "--gpu", "L4", "--batch", "1,2", "--context", "64", "--dtype", "bfloat16"]
+    code, out, err = run(tmp_path / "mine", *whole, "--plot", picture)
+    assert code == 0, err
+    for part in ("mine in bfloat16 on half a 3090", "on l4, 23.6 GB", "All times are modelled, none is measured"):
+        assert part in out
+    assert "compiling: 4 of 4" in err and picture.read_bytes().startswith(b"\x89PNG")
+    code, out, _ = run(tmp_path / "mine", *whole, "--json", "--strict")
+    answer = json.loads(out)
+    assert [(c["card"], c["batch"]) for c in answer["cells"]] == [
+        ("half a 3090", 1), ("half a 3090", 2), ("l4", 1), ("l4", 2),
+    ]  # fmt: skip
+    assert "jaxlib" in answer["versions"] and "GB/s" not in answer["assumed"]
+
+
+def test_a_config_json_is_enough(run, tmp_path, monkeypatch):
+    fields = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+              "num_hidden_layers": 32, "num_attention_heads": 32, "torch_dtype": "bfloat16"}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    code, out, _ = run(tmp_path / "config.json", "--gpu", "rtx3090", "--batch", "64", "--context", "8k", "--json")
+    [cell] = json.loads(out)["cells"]
+    assert code == 0 and cell["dtype"] == "bfloat16" and not cell["fit"]["fits"]
+    assert cell["fit"]["weights"] == 2 * 6_738_415_616
+    (tmp_path / "config.json").write_text("{")
+    assert "is not readable JSON" in run(tmp_path / "config.json", "--gpu", "l4")[2]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("batch", "context", "column"), [(1, 1024, 1), (8, 8192, 2)])
+def test_the_hand_calculations_of_the_docs(batch, context, column):
+    text = (Path(__file__).parents[2] / "docs" / "check.md").read_text()
+    rows = {row.split("|")[1].strip(): row.split("|")[column + 1].strip() for row in text.splitlines() if "|" in row}
+    assert rows[""] == f"batch {batch}, context {context}"
+    [cell] = check("llama2-7b", gpus=["a100-80gb"], batches=[batch], contexts=[context], workers=1)
+    assert cell.bytes_per_token is not None and cell.modelled is not None
+    assert cell.bytes_per_token == pytest.approx(int(rows["bytes a step"].replace(",", "")), rel=0.01)
+    assert f"{1e3 * cell.modelled.roofline_seconds:.3f} ms" == rows["roofline"]
+    assert cell.fit.caches == int(rows["cache"].rpartition("= ")[2].replace(",", ""))
