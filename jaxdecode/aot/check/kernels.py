@@ -284,8 +284,8 @@ class DecodeLoop:
     def _copies(self) -> Iterable[tuple[str, int]]:
         """What is not ours and writes, not in place, an array shaped like a weight matrix or a layer's keys."""
         config, slots = self._config, -(-self._context // 32) * 32
-        shapes = {part.shape for _, part in self._weights.values() if part.shape and len(part.shape) == 2}
-        shapes.add((self._batch, config.num_kv_heads, slots, config.head_dim))
+        keys: tuple[int, ...] = (self._batch, config.num_kv_heads, slots, config.head_dim)
+        shapes = {keys, *(part.shape for _, part in self._weights.values() if part.shape and len(part.shape) == 2)}
         for thunk in walk(self._loop.children["body"]):
             if thunk.kernel and self._program.kernels[thunk.kernel].kind == "mosaic":
                 continue
