@@ -44,6 +44,10 @@ class Assumptions:
     round_trip: float = 15e-6
     product_share: tuple[float, float] = (0.4, 0.8)
 
+    def at(self, share: float) -> Assumptions:
+        """The same for a kernel that reaches `share` of what ours do."""
+        return dataclasses.replace(self, dram_share=share * self.dram_share)
+
     def describe(self) -> str:
         """One line for a person."""
         low, high = self.product_share

@@ -1,7 +1,7 @@
 """How a model would run on a card that is not here: `jaxdecode check`.
 
     for cell in jaxdecode.check("llama2-7b", gpus=["a100-80gb"], batches=[1, 8], contexts=[1024]):
-        print(cell.fit.fits, cell.program.kernels_per_token, cell.modelled.seconds_per_token)
+        print(cell.fit.fits, cell.program.kernels_per_token, cell.modelled.tokens_per_second)
 
 `program` says what is compiled, `kernels` reads what came out, `fit` adds up memory, `prefill` and
 `jaxdecode.aot.cost` model times; `table` and `plot` show cells.

@@ -62,16 +62,17 @@ class Modelled:
     """What the cost model says of a step at the end, when every row's cache holds `context` tokens. Not measured.
 
     Attributes:
-      seconds_per_token: a decode step; every row gets a token.
-      tokens_per_second: over all rows.
+      seconds_per_token: a decode step, fewest and most; every row gets a token. They differ where XLA's own products
+        run, which are tuned on the card only.
+      tokens_per_second: over all rows, at the fewest seconds.
       roofline_seconds: for the weights, keys and values alone at the card's nominal bandwidth.
-      roofline_share: roofline_seconds / seconds_per_token.
+      roofline_share: roofline_seconds over the fewest seconds.
       binds: what most of the rest is spent on.
-      spent: seconds by what they are spent on.
+      spent: the fewest seconds by what they are spent on.
       prefill_seconds: fewest and most, to read a prompt that fills the cache but for the tokens generated.
     """
 
-    seconds_per_token: float
+    seconds_per_token: tuple[float, float]
     tokens_per_second: float
     roofline_seconds: float
     roofline_share: float
@@ -210,11 +211,13 @@ def _model(
     batch: int, uses: Iterable[KernelUse], round_trips: int, prefill: tuple[float, float], assumed: Assumptions
 ) -> Modelled:
     spent: dict[str, float] = {"host": round_trips * assumed.round_trip}
+    most = spent["host"]
     for use in uses:
         add_up(use.spent, spent, use.launches)
+        most += use.launches * use.modelled_seconds[1]
     seconds, roofline = sum(spent.values()), spent["bytes"]
     return Modelled(
-        seconds_per_token=seconds,
+        seconds_per_token=(seconds, most),
         tokens_per_second=batch / seconds,
         roofline_seconds=roofline,
         roofline_share=roofline / seconds,

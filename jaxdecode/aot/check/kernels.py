@@ -41,8 +41,8 @@ class KernelUse:
       least_bytes: weights, or keys and values that are valid.
       requested_bytes: asked for of those, bytes that two blocks ask for counted twice.
       activation_bytes: asked for of activations, mostly of the level-2 cache.
-      modelled_seconds: of one launch, the gap after it included.
-      spent: the same, by what they are spent on: see `cost.kernel_seconds`.
+      modelled_seconds: of one launch, fewest and most, the gap after it included; they differ for XLA's products.
+      spent: the fewest, by what they are spent on: see `cost.kernel_seconds`.
     """
 
     name: str
@@ -63,7 +63,7 @@ class KernelUse:
     least_bytes: int
     requested_bytes: int
     activation_bytes: int
-    modelled_seconds: float
+    modelled_seconds: tuple[float, float]
     spent: Mapping[str, float]
 
 
@@ -165,7 +165,12 @@ class DecodeLoop:
         thunk, kernel = launches[0].thunk, launches[0].kernel
         op, shape, work = self._work(launches[0])
         captured = sum(launch.thunk.id in self._captured for launch in launches)
-        spent = kernel_seconds(work, self._program.target, assumed, captured=captured == len(launches))
+        is_xlas_product = work.least and (kernel is None or kernel.kind != "mosaic")
+        shares = assumed.product_share if is_xlas_product else (1.0, 1.0)
+        slow, spent = (
+            kernel_seconds(work, self._program.target, assumed.at(share), captured=captured == len(launches))
+            for share in shares
+        )
         report, launch = (kernel.report, kernel.launch) if kernel else (None, None)
         known = kernel is not None and report is not None
         return KernelUse(
@@ -187,7 +192,7 @@ class DecodeLoop:
             least_bytes=work.least,
             requested_bytes=work.requested,
             activation_bytes=work.activations,
-            modelled_seconds=sum(spent.values()),
+            modelled_seconds=(sum(spent.values()), sum(slow.values())),
             spent=spent,
         )
 

@@ -62,4 +62,4 @@ def _point(question: Question, cell: Cell) -> tuple[float, float]:
     products = 2 * cell.batch * (cell.bytes_per_token - caches) / itemsize
     attention = 4 * cell.batch * slots * config.num_heads * config.head_dim
     operations = products + attention
-    return operations / cell.bytes_per_token, operations / modelled.seconds_per_token
+    return operations / cell.bytes_per_token, operations / modelled.seconds_per_token[0]

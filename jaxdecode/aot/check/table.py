@@ -85,16 +85,20 @@ def _row(cell: Cell) -> list[str]:
     ]
     if program is None or modelled is None:
         return row
-    fewest, most = (1000 * seconds for seconds in modelled.prefill_seconds)
+    fewest, most = modelled.seconds_per_token
     return [
         *row,
         str(program.kernels_per_token),
-        f"{1000 * modelled.seconds_per_token:.3f}",
-        f"{modelled.tokens_per_second:.1f}",
-        f"{modelled.roofline_share:.0%}",
+        _range(1e3 * fewest, 1e3 * most, 3),
+        _range(cell.batch / most, cell.batch / fewest, 1),
+        f"{'≤ ' if most > fewest else ''}{modelled.roofline_share:.0%}",
         modelled.binds,
-        f"{fewest:.0f}–{most:.0f}",
+        _range(*(1e3 * seconds for seconds in modelled.prefill_seconds), 0),
     ]
+
+
+def _range(low: float, high: float, digits: int) -> str:
+    return "–".join(dict.fromkeys(f"{number:.{digits}f}" for number in (low, high)))
 
 
 def _kernel_lines(cell: Cell) -> Iterable[str]:
@@ -104,8 +108,8 @@ def _kernel_lines(cell: Cell) -> Iterable[str]:
     others = [use for use in cell.kernels if use.kind != "mosaic"]
     if others:
         launches = sum(use.launches for use in others)
-        seconds = sum(use.launches * use.modelled_seconds for use in others)
-        yield f"  {launches} launches of XLA's own kernels, modelled {1e6 * seconds:.1f} µs in all:"
+        micros = [1e6 * sum(use.launches * use.modelled_seconds[bound] for use in others) for bound in (0, 1)]
+        yield f"  {launches} launches of XLA's own kernels, modelled {_range(*micros, 1)} µs in all:"
         yield f"    {', '.join(f'{use.op} x {use.launches}' for use in others)}"
 
 
@@ -122,4 +126,4 @@ def _our_kernel(use: KernelUse) -> Iterable[str]:
         f"of activations {use.activation_bytes:,}"
     )
     spent = ", ".join(f"{name} {1e6 * seconds:.1f}" for name, seconds in use.spent.items())
-    yield f"    modelled {1e6 * use.modelled_seconds:.1f} µs: {spent}"
+    yield f"    modelled {1e6 * use.modelled_seconds[0]:.1f} µs: {spent}"
