@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import re
@@ -77,6 +78,7 @@ class ProgramFacts:
       captured: launches that are part of a CUDA graph.
       graphs: that are launched a token.
       round_trips: waits of the host for the device a token.
+      inner_loops: loops inside the step, of which one pass is counted: how often they run is data.
       prefill_kernels: launches of each pass over a chunk of the prompt, by the chunk's tokens a row.
     """
 
@@ -85,6 +87,7 @@ class ProgramFacts:
     captured: int
     graphs: int
     round_trips: int
+    inner_loops: int
     prefill_kernels: Mapping[int, int]
 
 
@@ -120,7 +123,8 @@ class DecodeLoop:
 
     def facts(self, chunks: Iterable[int]) -> ProgramFacts:
         """`chunks`: tokens a row of each prefill loop, in the order in which they run."""
-        launched = [thunk for thunk in walk(self._loop.children["body"]) if _runs(thunk)]
+        body = list(walk(self._loop.children["body"]))
+        launched, kinds = [thunk for thunk in body if _runs(thunk)], [thunk.kind for thunk in body]
         ours = [thunk for thunk in launched if thunk.kernel and self._program.kernels[thunk.kernel].kind == "mosaic"]
         in_layers = [thunk for thunk in ours if not self._weight(thunk)[0] or self._layer(thunk) is not None]
         return ProgramFacts(
@@ -128,7 +132,8 @@ class DecodeLoop:
             kernels_per_layer=len(in_layers) / self._config.num_layers,
             captured=sum(thunk.id in self._captured for thunk in launched),
             graphs=len(list(_graphs(self._node))),
-            round_trips=1 + sum(thunk.kind in ("while", "conditional") for thunk in walk(self._loop.children["body"])),
+            round_trips=1 + kinds.count("while") + kinds.count("conditional"),
+            inner_loops=kinds.count("while"),
             prefill_kernels={
                 chunk: sum(map(_runs, walk(loop.children["body"])))
                 for chunk, loop in zip(chunks, self._passes, strict=True)
@@ -294,10 +299,10 @@ class DecodeLoop:
         for thunk in walk(self._loop.children["body"]):
             if thunk.kernel and self._program.kernels[thunk.kernel].kind == "mosaic":
                 continue
-            read = {(part.allocation, part.offset) for part in _slices(thunk.buffers, written=False)}
+            places = collections.Counter((part.allocation, part.offset) for part in _slices(thunk.buffers))
             for part in _slices(thunk.buffers, written=True):
                 large = thunk.kind == "device_to_device_copy" and part.size >= _LARGE_COPY
-                if (part.shape in shapes or large) and (part.allocation, part.offset) not in read:
+                if (part.shape in shapes or large) and places[part.allocation, part.offset] == 1:
                     yield thunk.name or thunk.kind, part.size
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import re
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
@@ -71,6 +73,8 @@ def notes(cell: Cell) -> Iterable[str]:
         f"{program.graphs} CUDA graph{'s' * (program.graphs != 1)}, the host waits "
         + ("once" if program.round_trips == 1 else f"{program.round_trips} times")
     )
+    if program.inner_loops:
+        yield f"{program.inner_loops} loops inside the step are counted as one pass each: it launches more and takes longer"
 
 
 def _row(cell: Cell) -> list[str]:
@@ -93,7 +97,7 @@ def _row(cell: Cell) -> list[str]:
         _range(cell.batch / most, cell.batch / fewest, 1),
         f"{'≤ ' if most > fewest else ''}{modelled.roofline_share:.0%}",
         modelled.binds,
-        _range(*(1e3 * seconds for seconds in modelled.prefill_seconds), 0),
+        _range(1e3 * modelled.prefill_seconds[0], 1e3 * modelled.prefill_seconds[1], 0),
     ]
 
 
@@ -109,8 +113,11 @@ def _kernel_lines(cell: Cell) -> Iterable[str]:
     if others:
         launches = sum(use.launches for use in others)
         micros = [1e6 * sum(use.launches * use.modelled_seconds[bound] for use in others) for bound in (0, 1)]
-        yield f"  {launches} launches of XLA's own kernels, modelled {_range(*micros, 1)} µs in all:"
-        yield f"    {', '.join(f'{use.op} x {use.launches}' for use in others)}"
+        yield f"  {launches} launches of XLA's own kernels, modelled {_range(micros[0], micros[1], 1)} µs in all:"
+        counts = collections.Counter[str]()
+        for use in others:
+            counts[re.sub(r"[._]\d+$", "", use.op)] += use.launches
+        yield f"    {', '.join(f'{op} x {count}' for op, count in counts.items())}"
 
 
 def _our_kernel(use: KernelUse) -> Iterable[str]:
