@@ -74,7 +74,7 @@ def notes(cell: Cell) -> Iterable[str]:
         + ("once" if program.round_trips == 1 else f"{program.round_trips} times")
     )
     if program.inner_loops:
-        yield f"{program.inner_loops} loops inside the step are counted as one pass each: it launches more and takes longer"
+        yield f"{program.inner_loops} loops inside the step are counted as one pass each: it takes longer than modelled"
 
 
 def _row(cell: Cell) -> list[str]:
