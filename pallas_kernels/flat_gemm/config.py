@@ -13,6 +13,7 @@ from pallas_kernels.targets import Target
 MAX_M = 64  # beyond, the activations weigh as much as the weights, and XLA's dot is the better kernel
 MAX_GEMV_M = 4  # beyond, the CUDA cores of an A100 are busier than its memory
 MAX_SPLIT_K = 8
+_DEEPEST = 6  # stages, where a multiprocessor has one block at most
 _GEMV_STEP = 64 * 128  # weights of a step that the registers of a block hold on CUDA cores, beside x and the sums
 _BLOCK_K = (128, 64, 32)  # 128 keeps a row of a tile at 256 bytes, two sectors of DRAM burst
 
@@ -126,7 +127,8 @@ def choose_config(
     asks for it); block_k 128 or 64 (32 if k asks for it); num_stages 4 or 3; none that pads m if there is one that does
     not. The first in that order that lets two blocks share a multiprocessor is taken, else the first that fits alone.
     split_k is the smallest power of two that gives every multiprocessor two blocks, as long as a split keeps twice the
-    steps that the ring holds.
+    steps that the ring holds. If even so some multiprocessors have none, the others get up to 6 stages: a small weight
+    takes as long as its bytes in flight are few.
 
     Args:
       n: all rows of the weight.
@@ -149,10 +151,23 @@ def choose_config(
     for limit in (target.shared_per_sm // 2 - 1024, target.shared_per_block):
         for config in unpadded or candidates:
             if config.shared_bytes(m, dtype) <= limit:
-                return dataclasses.replace(config, split_k=_choose_split_k(config, n, k, target))
+                split = dataclasses.replace(config, split_k=_choose_split_k(config, n, k, target))
+                return _deepen(split, m, n, k, dtype, target)
     raise NotImplementedError(
         f"flat_gemm at m = {m} does not fit the {target.shared_per_block} bytes of {target.name}: use dense"
     )
+
+
+def _deepen(config: FlatGemmConfig, m: int, n: int, k: int, dtype: DTypeLike, target: Target) -> FlatGemmConfig:
+    """More stages for a grid that has less than a block for each multiprocessor, as far as k and the card allow."""
+    if -(-n // config.block_n) * config.split_k >= target.num_sms:
+        return config
+    steps = k // config.block_k // config.split_k
+    for num_stages in range(min(_DEEPEST, steps), config.num_stages, -1):
+        deeper = dataclasses.replace(config, num_stages=num_stages)
+        if deeper.shared_bytes(m, dtype) <= target.shared_per_block:
+            return deeper
+    return config
 
 
 def _block_sizes(

@@ -170,7 +170,7 @@ class DecodeLoop:
         thunk, kernel = launches[0].thunk, launches[0].kernel
         op, shape, work = self._work(launches[0])
         captured = sum(launch.thunk.id in self._captured for launch in launches)
-        is_xlas_product = work.least and (kernel is None or kernel.kind != "mosaic")
+        is_xlas_product = len(shape) == 2 and work.least and (kernel is None or kernel.kind != "mosaic")
         shares = assumed.product_share if is_xlas_product else (1.0, 1.0)
         slow, spent = (
             kernel_seconds(work, self._program.target, assumed.at(share), captured=captured == len(launches))

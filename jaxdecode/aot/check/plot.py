@@ -33,6 +33,9 @@ def plot_rooflines(questions: Sequence[Question], cells: Sequence[Cell], file: P
         for marker, model in zip(_MARKERS * len(mine), dict.fromkeys(c.model for _, c in mine), strict=False):
             points = [_point(q, c) for q, c in mine if c.model == model]
             axes.scatter(*zip(*points, strict=True), marker=marker, label=f"{model}, {mine[0][1].dtype}")
+            for point, cell in zip(points, (c for _, c in mine if c.model == model), strict=True):
+                text = f"{cell.batch} x {cell.context}"
+                axes.annotate(text, point, xytext=(4, -6), textcoords="offset points", fontsize=6)
         axes.set(
             xscale="log", yscale="log", title=f"{card}, modelled, not measured",
             xlabel="operations a byte of weights, keys and values", ylabel="operations a second",
