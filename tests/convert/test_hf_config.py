@@ -140,7 +140,10 @@ def test_there_and_back(case):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "opt"}, "unknown model_type 'opt'"),
+        ({"model_type": "gpt2"}, "unknown model_type 'gpt2'"),
+        ({"model_type": "opt"}, "no opt config.json means"),
+        ({"model_type": "chatglm"}, "no chatglm config.json means"),
+        ({"model_type": "chatglm", "rope": None}, "chatglm has rotary positions"),
         ({"model_type": "llama", "qkv_bias": True}, "no llama config.json means"),
         ({"model_type": "llama", "layer_windows": (5, 5)}, "no llama config.json means"),
         ({"model_type": "mistral", "layer_windows": (5, None)}, "no mistral config.json means"),
