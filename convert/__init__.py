@@ -12,6 +12,7 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -92,7 +93,7 @@ def convert(
     if dry_run:
         return result
     identity = {"fingerprint": source.fingerprint, "dtype": plan.dtype, "kind": source.kind}
-    about = {"kind": source.kind, "name": str(src), "fingerprint": source.fingerprint}
+    about: dict[str, Any] = {"kind": source.kind, "name": str(src), "fingerprint": source.fingerprint}
     if result.trained_positions is not None:
         about["trained_positions"] = result.trained_positions
     try:

@@ -171,13 +171,15 @@ def _load_chatglm(source: Path, dtype, attn_implementation: str):
         said[key] for key in ("num_attention_heads", "multi_query_group_num", "kv_channels")
     )
     rope = {"rope_type": "default", "rope_theta": 10000.0 * said.get("rope_ratio", 1), "partial_rotary_factor": 0.5}
-    config = transformers.GlmConfig(
-        vocab_size=said["padded_vocab_size"], hidden_size=said["hidden_size"], num_hidden_layers=said["num_layers"],
-        intermediate_size=said["ffn_hidden_size"], num_attention_heads=heads, num_key_value_heads=kv_heads,
-        head_dim=head_dim, max_position_embeddings=said["seq_length"], rms_norm_eps=said["layernorm_epsilon"],
-        attention_bias=said["add_qkv_bias"], rope_parameters=rope, pad_token_id=None,
-        tie_word_embeddings=said.get("tie_word_embeddings", False), attn_implementation=attn_implementation,
-    )  # fmt: skip
+    fields = {
+        "vocab_size": said["padded_vocab_size"], "hidden_size": said["hidden_size"], "head_dim": head_dim,
+        "num_hidden_layers": said["num_layers"], "intermediate_size": said["ffn_hidden_size"],
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": said["seq_length"],
+        "rms_norm_eps": said["layernorm_epsilon"], "attention_bias": said["add_qkv_bias"], "rope_parameters": rope,
+        "tie_word_embeddings": said.get("tie_word_embeddings", False), "pad_token_id": None,
+        "attn_implementation": attn_implementation,
+    }  # fmt: skip
+    config = transformers.GlmConfig(**fields)
     model = transformers.GlmForCausalLM(config).to(dtype)
     weights = {}
     for name, weight in _chatglm_weights(source):
