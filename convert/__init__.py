@@ -12,6 +12,7 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from convert.errors import ConversionError
 from convert.export import export
 from convert.hf_config import find_family, parse_config
 from convert.hf_directory import read_config
+from convert.positions import extend_positions as extend
 from convert.sources import Source, open_source
 from convert.weights import DTYPES, Plan, Target, chunks, make_plan, specs
 from jaxdecode.checkpoint_writer import CheckpointWriter, partial_dir, refuse_existing
@@ -36,6 +38,7 @@ class Conversion:
     Attributes:
       tensors, parameters: of the checkpoint (fused tensors count once).
       disk_bytes, peak_bytes: room it takes; predicted peak of anonymous memory of this process.
+      trained_positions: those of the source, where the checkpoint has more of them; else None.
       continued_items: items an earlier, interrupted run had written.
       restarted: an interrupted run of another source, dtype or version was found and thrown away.
     """
@@ -50,6 +53,7 @@ class Conversion:
     disk_bytes: int
     peak_bytes: int
     largest_tensor_bytes: int
+    trained_positions: int | None = None
     continued_items: int = 0
     restarted: bool = False
 
@@ -59,6 +63,7 @@ def convert(
     dst: str | Path,
     *,
     dtype: str | None = None,
+    extend_positions: int | None = None,
     dry_run: bool = False,
     planned: Callable[[Conversion], None] | None = None,
     progress: Progress | None = None,
@@ -69,6 +74,8 @@ def convert(
       src: a Hugging Face model directory, a GGUF file, or a hub name.
       dst: a path that does not exist yet.
       dtype: "float32", "bfloat16" or "float16"; None is the source's own (float32 for quantised GGUF).
+      extend_positions: how many learned positions to write, for measuring speed beyond those that were trained; see
+        `convert.positions`.
       dry_run: plan and check, write nothing.
       planned: called with the plan before anything is written.
       progress: called with (bytes done, bytes in all, item) as tensors are written.
@@ -77,14 +84,18 @@ def convert(
       ConversionError: every problem found, at once; nothing is at DST.
     """
     dst = Path(dst)
-    source, config, plan = _prepare(src, dst, dtype)
+    source, config, plan = _prepare(src, dst, dtype, extend_positions)
     result = _describe(src, dst, source, config, plan)
+    if extend_positions is not None:
+        result = dataclasses.replace(result, trained_positions=parse_config(source.config, {}).max_position)
     if planned:
         planned(result)
     if dry_run:
         return result
     identity = {"fingerprint": source.fingerprint, "dtype": plan.dtype, "kind": source.kind}
-    about = {"kind": source.kind, "name": str(src), "fingerprint": source.fingerprint}
+    about: dict[str, Any] = {"kind": source.kind, "name": str(src), "fingerprint": source.fingerprint}
+    if result.trained_positions is not None:
+        about["trained_positions"] = result.trained_positions
     try:
         with CheckpointWriter(dst, config=config, identity=identity, source=about) as writer:
             continued = sum(writer.finished(item) for item in plan.items)
@@ -96,7 +107,9 @@ def convert(
     return dataclasses.replace(result, continued_items=continued, restarted=writer.restarted)
 
 
-def _prepare(src: str | Path, dst: Path, dtype: str | None) -> tuple[Source, ModelConfig, Plan]:
+def _prepare(
+    src: str | Path, dst: Path, dtype: str | None, extend_positions: int | None
+) -> tuple[Source, ModelConfig, Plan]:
     """Open, translate and plan, collecting the problems of all three."""
     problems: list[str] = []
     if dtype is not None and dtype not in DTYPES:
@@ -113,6 +126,11 @@ def _prepare(src: str | Path, dst: Path, dtype: str | None) -> tuple[Source, Mod
         raise _refusal(src, problems + error.problems) from error
     plan, found = make_plan(source, config, find_family(source.config), dtype)
     problems += found
+    if extend_positions is not None and not found:
+        try:
+            plan, config = extend(plan, config, extend_positions)
+        except ConversionError as error:
+            problems += error.problems
     if not problems:
         problems += _no_room(plan, dst)
     if problems:

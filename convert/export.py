@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -24,7 +25,30 @@ from jaxdecode.config import ModelConfig
 from jaxdecode.safetensors_file import numpy_dtype, plan_header, tensor_bytes
 
 SHARD_BYTES = 5_000_000_000
-_Pieces = dict[str, np.ndarray]  # Hugging Face name -> rows of one of our mapped tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """A Hugging Face tensor: rows of one of our mapped ones, in another order if one is given."""
+
+    view: np.ndarray
+    order: np.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.view.shape
+
+    def dtype_name(self, asked: str | None) -> str:
+        return asked or self.view.dtype.name
+
+    def nbytes(self, dtype: str | None) -> int:
+        return tensor_bytes(self.shape, self.dtype_name(dtype))
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return self.view[start:stop] if self.order is None else self.view[self.order[start:stop]]
+
+
+_Pieces = dict[str, _Piece]  # by Hugging Face name
 
 
 def export(
@@ -35,7 +59,7 @@ def export(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Path:
-    """Write a directory that transformers loads; OUTDIR appears whole or not at all.
+    """Write a directory that transformers loads (or ChatGLM's own code); OUTDIR appears whole or not at all.
 
     Args:
       dtype: cast the weights; None keeps them bit for bit.
@@ -87,14 +111,14 @@ def _appearing(outdir: Path) -> Iterator[Path]:
 
 def _split(config: ModelConfig, target: str, view: np.ndarray) -> _Pieces:
     """The Hugging Face tensors that stand in one of ours."""
-    names = FAMILIES[config.model_type].sources(target)
+    family = FAMILIES[config.model_type]
+    names = family.sources(target)
+    if len(names) == 1:
+        order = family.row_order(config, target)
+        return {names[0]: _Piece(view, None if order is None else np.argsort(order))}
     rows = part_rows(config, target, len(names), view.shape[0])
     stops = np.cumsum(rows)
-    return {name: view[stop - count : stop] for name, count, stop in zip(names, rows, stops, strict=True)}
-
-
-def _size(piece: np.ndarray, dtype: str | None) -> int:
-    return tensor_bytes(piece.shape, dtype or piece.dtype.name)
+    return {name: _Piece(view[stop - count : stop]) for name, count, stop in zip(names, rows, stops, strict=True)}
 
 
 def _check_room(pieces: _Pieces, dtype: str | None, outdir: Path) -> None:
@@ -102,7 +126,7 @@ def _check_room(pieces: _Pieces, dtype: str | None, outdir: Path) -> None:
     while not parent.exists():
         parent = parent.parent
     needed, free = (
-        sum(_size(piece, dtype) for piece in pieces.values()) + (8 << 20),
+        sum(piece.nbytes(dtype) for piece in pieces.values()) + (8 << 20),
         shutil.disk_usage(parent).free,
     )
     if needed > free:
@@ -120,11 +144,11 @@ def _write_weights(
 ) -> None:
     shards: list[_Pieces] = [{}]
     for name, piece in pieces.items():
-        held = sum(_size(other, dtype) for other in shards[-1].values())
-        if shards[-1] and held + _size(piece, dtype) > shard_bytes:
+        held = sum(other.nbytes(dtype) for other in shards[-1].values())
+        if shards[-1] and held + piece.nbytes(dtype) > shard_bytes:
             shards.append({})
         shards[-1][name] = piece
-    done, total = 0, sum(_size(piece, dtype) for piece in pieces.values())
+    done, total = 0, sum(piece.nbytes(dtype) for piece in pieces.values())
     weight_map: dict[str, str] = {}
     for index, shard in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -142,15 +166,16 @@ def _write_weights(
 
 def _write_shard(path: Path, shard: _Pieces, dtype: str | None) -> Iterator[int]:
     """Write one file; yields the bytes of each chunk."""
-    specs = {name: (dtype or piece.dtype.name, piece.shape) for name, piece in shard.items()}
+    specs = {name: (piece.dtype_name(dtype), piece.shape) for name, piece in shard.items()}
     header, entries = plan_header(specs, {"format": "pt"})  # transformers loads no file that does not say so
     with path.open("wb") as file:
         file.write(header)
         for name, entry in entries.items():
             piece = shard[name]
-            step = max(1, CHUNK_BYTES // max(1, piece[:1].nbytes))
+            step = max(1, CHUNK_BYTES // max(1, piece.view[:1].nbytes))
             for start in range(0, piece.shape[0], step):
-                chunk = np.ascontiguousarray(piece[start : start + step]).astype(numpy_dtype(entry.dtype), copy=False)
+                rows = piece.rows(start, min(start + step, piece.shape[0]))
+                chunk = np.ascontiguousarray(rows).astype(numpy_dtype(entry.dtype), copy=False)
                 file.write(chunk.reshape(-1).view(np.uint8).data)
                 yield chunk.nbytes
         file.flush()

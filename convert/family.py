@@ -3,21 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
+from convert.rows import half_split
 from jaxdecode.config import ModelConfig
 
 
 class Fields:
-    """A `config.json` with types checked: what is wrong goes into `problems`, a usable value comes back."""
+    """A `config.json` with types checked: what is wrong goes into `problems`, a usable value comes back.
 
-    def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any], problems: list[str]):
-        self.config, self.defaults, self.problems = config, defaults, problems
+    Fields are asked for by Llama's names for them; `names` says what a family calls them, None for not at all.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        problems: list[str],
+        names: Mapping[str, str | None] = {},
+    ):
+        self.config, self.defaults, self.problems, self.names = config, defaults, problems, names
+
+    def key(self, name: str) -> str | None:
+        """What this config.json calls a field; None if its family knows no such field."""
+        return self.names.get(name, name)
+
+    def get(self, name: str) -> Any:
+        """What it says, or else the default, of whatever type."""
+        key = self.key(name)
+        value = None if key is None else self.config.get(key)
+        return self.defaults.get(name) if value is None else value
 
     def integer(self, name: str) -> int:
         """A positive integer; a problem if absent without a default."""
-        value = self._get(name)
+        value = self.get(name)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
         self._complain(name, "a positive integer", value)
@@ -25,15 +48,15 @@ class Fields:
 
     def number(self, name: str) -> float:
         """A positive number."""
-        value = self._get(name)
+        value = self.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf"):
             return float(value)
         self._complain(name, "a positive number", value)
         return 1.0
 
     def flag(self, name: str) -> bool:
-        """True or false; absent is false."""
-        value = self._get(name)
+        """True or false; absent without a default is false."""
+        value = self.get(name)
         if value is not None and not isinstance(value, bool):
             self._complain(name, "true or false", value)
         return value is True
@@ -43,13 +66,15 @@ class Fields:
         value = self.config[name] if name in self.config else self.defaults.get(name)
         return None if value is None else Fields({name: value}, {}, self.problems).integer(name)
 
-    def _get(self, name: str) -> Any:
-        value = self.config.get(name)
-        return self.defaults.get(name) if value is None else value
+    def require(self, name: str, wanted: Any) -> None:
+        """Complains unless a field says what alone is supported."""
+        value = self.get(name)
+        if value != wanted:
+            self._complain(name, f"{json.dumps(wanted)} to be supported", value)
 
     def _complain(self, name: str, expected: str, value: Any) -> None:
         found = "is missing" if value is None else f"is {value!r:.80}"
-        self.problems.append(f"config.json: {name} must be {expected}; it {found}")
+        self.problems.append(f"config.json: {self.key(name)} must be {expected}; it {found}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +88,11 @@ class Family:
       defaults: what transformers assumes when config.json says nothing.
       features: config.json -> the ModelConfig fields in which families differ.
       to_hf: the inverse of `features`.
+      names: Llama's name of a field of config.json -> this family's, None if it has no such field.
+      layers: their name of the list of layers.
+      renamed: a beginning of tensor names that some publishers use, and the one of this table that it stands for.
+      rope_keys: whether config.json says positions as Llama's does; if not, `features` and `to_hf` see to them.
+      interleaved: whether the two numbers of a rotary pair stand side by side; with us, half the pairs apart.
     """
 
     model_type: str
@@ -73,6 +103,11 @@ class Family:
     defaults: Mapping[str, Any]
     features: Callable[[Fields], dict[str, Any]]
     to_hf: Callable[[ModelConfig], dict[str, Any]]
+    names: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    layers: str = "model.layers"
+    renamed: tuple[str, str] = ("", "")
+    rope_keys: bool = True
+    interleaved: bool = False
 
     def sources(self, target: str) -> list[str]:
         """Names of the source tensors whose rows make one of ours ("layers.3.mlp.gate_up.weight")."""
@@ -80,7 +115,21 @@ class Family:
         if not module.startswith("layers."):
             return [f"{self.model[module]}.{suffix}"]
         _, index, inner = module.split(".", 2)
-        return [f"model.layers.{index}.{part}.{suffix}" for part in self.layer[inner]]
+        return [f"{self.layers}.{index}.{part}.{suffix}" for part in self.layer[inner]]
+
+    def full_name(self, name: str) -> str:
+        """The name in this table of a tensor that a publisher called `name`."""
+        published, ours = self.renamed
+        return ours + name.removeprefix(published) if published and name.startswith(published) else name
+
+    def row_order(self, config: ModelConfig, target: str) -> np.ndarray | None:
+        """For each row of one of our tensors, the place of that row in theirs; None if they are in the same order."""
+        if not self.interleaved or ".attention.qkv." not in target or config.rope is None:
+            return None
+        turned = (config.num_heads + config.num_kv_heads) * config.head_dim  # rows of queries and keys
+        rows = np.arange(turned + config.num_kv_heads * config.head_dim)
+        order = half_split(rows, config.head_dim, config.rope.turned(config.head_dim))
+        return np.where(rows < turned, order, rows)
 
 
 def part_rows(config: ModelConfig, target: str, parts: int, rows: int) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from convert.errors import ConversionError
 from convert.gguf_file import GgufTensor, read_gguf
+from convert.rows import half_split
 from convert.sources import Read, Source, SourceTensor, fingerprint
 from jaxdecode.safetensors_file import numpy_dtype
 
@@ -211,21 +212,17 @@ def _rows(tensor: GgufTensor, head_dim: int | None = None) -> Read:
     """
     flat = len(tensor.shape) == 1
 
+    def split(start: int, stop: int) -> np.ndarray:
+        return half_split(np.arange(start, stop), head_dim or 0, head_dim or 0)
+
     def read(start: int, stop: int) -> np.ndarray:
         if flat:
             values = _dense(tensor.type_name, tensor.rows, tensor.shape[-1])[0]
-            return values[_interleaved(start, stop, head_dim)] if head_dim else values[start:stop]
-        rows = tensor.rows[_interleaved(start, stop, head_dim) if head_dim else slice(start, stop)]
+            return values[split(start, stop)] if head_dim else values[start:stop]
+        rows = tensor.rows[split(start, stop) if head_dim else slice(start, stop)]
         return _dense(tensor.type_name, rows, tensor.shape[-1])
 
     return read
-
-
-def _interleaved(start: int, stop: int, head_dim: int) -> np.ndarray:
-    """File rows of half-split rows [start, stop): pair j of a head lies at 2j and 2j + 1 in the file."""
-    rows = np.arange(start, stop)
-    within = rows % head_dim
-    return rows - within + within % (head_dim // 2) * 2 + within // (head_dim // 2)
 
 
 def _dense(type_name: str, rows: np.ndarray, columns: int) -> np.ndarray:

@@ -6,13 +6,15 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from convert import llama, mistral, qwen2, qwen3
+from convert import chatglm, llama, mistral, opt, qwen2, qwen3
 from convert.errors import ConversionError
 from convert.family import Family, Fields
 from convert.rope import parse_rope, rope_to_hf
 from jaxdecode.config import ModelConfig
 
-FAMILIES: dict[str, Family] = {table.FAMILY.model_type: table.FAMILY for table in (llama, mistral, qwen2, qwen3)}
+FAMILIES: dict[str, Family] = {
+    table.FAMILY.model_type: table.FAMILY for table in (llama, mistral, qwen2, qwen3, opt, chatglm)
+}
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
@@ -44,9 +46,9 @@ def parse_config(config: Mapping[str, Any], generation_config: Mapping[str, Any]
       ConversionError: everything that is missing, of the wrong type or not supported, at once.
     """
     family, problems = find_family(config), list[str]()
-    fields = Fields(config, family.defaults, problems)
+    fields = Fields(config, family.defaults, problems, family.names)
     heads, embed_dim = fields.integer("num_attention_heads"), fields.integer("hidden_size")
-    max_position = fields.integer("max_position_embeddings")
+    max_position, kv_heads = fields.integer("max_position_embeddings"), "num_key_value_heads"
     values = {
         "model_type": family.model_type,
         "vocab_size": fields.integer("vocab_size"),
@@ -54,18 +56,17 @@ def parse_config(config: Mapping[str, Any], generation_config: Mapping[str, Any]
         "mlp_dim": fields.integer("intermediate_size"),
         "num_layers": fields.integer("num_hidden_layers"),
         "num_heads": heads,
-        "num_kv_heads": Fields(config, {"num_key_value_heads": heads, **family.defaults}, problems).integer(
-            "num_key_value_heads"
-        ),
+        "num_kv_heads": heads if fields.get(kv_heads) is None else fields.integer(kv_heads),
         "head_dim": _head_dim(fields, embed_dim, heads),
         "max_position": max_position,
         "norm_eps": fields.number("rms_norm_eps"),
-        "activation": _activation(config, problems),
+        "activation": _activation(fields),
         "tied_embeddings": fields.flag("tie_word_embeddings"),
-        "rope": parse_rope(config, max_position, problems),
         "eos_token_ids": _eos_token_ids(generation_config, config, problems),
         **family.features(fields),
     }
+    if family.rope_keys:
+        values["rope"] = parse_rope(config, max_position, problems)
     _refuse_quantised(config, problems)
     if problems:
         raise ConversionError(list(dict.fromkeys(problems)))
@@ -86,9 +87,7 @@ def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
             f"unknown model_type {config.model_type!r}; supported are {', '.join(FAMILIES)}", "cannot export"
         )
     family, eos = FAMILIES[config.model_type], list(config.eos_token_ids)
-    fields = {
-        "architectures": [family.architecture],
-        "model_type": config.model_type,
+    values = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.embed_dim,
         "intermediate_size": config.mlp_dim,
@@ -100,11 +99,16 @@ def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "hidden_act": _TO_ACTIVATION[config.activation],
         "tie_word_embeddings": config.tied_embeddings,
+    }
+    fields = {
+        "architectures": [family.architecture],
+        "model_type": config.model_type,
+        **{key: value for name, value in values.items() if (key := family.names.get(name, name)) is not None},
         "torch_dtype": dtype,
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
     }
     try:
-        fields |= rope_to_hf(config) | family.to_hf(config)
+        fields |= (rope_to_hf(config) if family.rope_keys else {}) | family.to_hf(config)
     except ValueError as error:
         raise ConversionError(str(error), "cannot export") from error
     if parse_config(fields, {}) != config:
@@ -113,7 +117,7 @@ def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def _head_dim(fields: Fields, embed_dim: int, heads: int) -> int:
-    if fields.config.get("head_dim") is None and "head_dim" not in fields.defaults:
+    if fields.get("head_dim") is None:
         if embed_dim % heads:
             fields.problems.append(
                 f"config.json: without head_dim, hidden_size must be a multiple of num_attention_heads; got "
@@ -123,11 +127,12 @@ def _head_dim(fields: Fields, embed_dim: int, heads: int) -> int:
     return fields.integer("head_dim")
 
 
-def _activation(config: Mapping[str, Any], problems: list[str]) -> str:
-    name = config.get("hidden_act", "silu")
+def _activation(fields: Fields) -> str:
+    key = fields.key("hidden_act")
+    name = fields.config.get(key, fields.defaults.get("hidden_act", "silu")) if key else "silu"
     if not isinstance(name, str) or name not in ACTIVATIONS:
-        problems.append(
-            f"config.json: hidden_act {name!r:.80} is not supported; supported are {', '.join(ACTIVATIONS)}"
+        fields.problems.append(
+            f"config.json: {key} {name!r:.80} is not supported; supported are {', '.join(ACTIVATIONS)}"
         )
         return "silu"
     return ACTIVATIONS[name]

@@ -7,7 +7,7 @@ transformers can run it, whatever the versions of JAX and numpy here. `run_refer
 
 A job file holds {"jobs": [job, …]}; the keys of one job, with their defaults:
 
-    source           a Hugging Face model directory or a GGUF file
+    source           a Hugging Face model directory or a GGUF file; ChatGLM2 and 3 run as the GLM of transformers
     output           the .npz file to write
     prompts          a list of lists of token ids; each runs alone, never padded
     dtype            "float32": what the weights are loaded and computed in
@@ -26,7 +26,7 @@ Arrays in the output, i counting the prompts:
 
     tokens/i, step_logprobs/i [n]; step_logits/i [n, vocab_size]
     positions/i [p], logits/i [p, vocab_size], top_ids/i [p, top_k], logprobs/i [length - 1]
-    embed/i, layer_0/i, layers/i, norm/i [length, embed_dim]
+    embed/i, layer_0/i, layers/i, norm/i [length, embed_dim]; no norm/i of a model without a final one
     meta: a JSON string, versions and what was loaded
 """
 
@@ -110,6 +110,8 @@ def load_model(
     import transformers
 
     source, kwargs = Path(source), {"dtype": getattr(torch, dtype), "attn_implementation": attention}
+    if _is_chatglm(source):
+        return _rounded(_load_chatglm(source, **kwargs), weights_dtype)
     if source.suffix == ".gguf":
         kwargs["gguf_file"] = source.name
         if hasattr(transformers, "GgufConfig"):  # since 5.x the blocks stay packed unless told otherwise
@@ -130,11 +132,94 @@ def load_model(
     # they were stored, give equal results.
     for weight in model.parameters():
         weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+    return _rounded(model, weights_dtype)
+
+
+def _rounded(model, weights_dtype: str | None):
+    """The model in evaluation mode, its weights rounded through a narrower type if one is given."""
+    import torch  # pyright: ignore[reportMissingImports]
+
     if weights_dtype:
         with torch.no_grad():
             for weight in model.parameters():
                 weight.copy_(weight.to(getattr(torch, weights_dtype)))
     return model.eval()
+
+
+def _is_chatglm(source: Path) -> bool:
+    config = source / "config.json"
+    return config.exists() and json.loads(config.read_text()).get("model_type") == "chatglm"
+
+
+def _load_chatglm(source: Path, dtype, attn_implementation: str):
+    """A ChatGLM2 or ChatGLM3 as the GLM of transformers, made from the publisher's tensors without any code of theirs.
+
+    The mathematics are the same: pairs that stand side by side turn in the first half of a head, one matrix holds gate
+    and up. The publisher's code differs in what half precision rounds: its table of cos and sin has the type of the
+    weights, and scores are divided by the number of their layer before the product and multiplied after it. Neither
+    shows in float32.
+
+    Raises:
+      ValueError: biases or norms that GLM does not have.
+    """
+    import transformers
+
+    said = json.loads((source / "config.json").read_text())
+    if said.get("add_bias_linear") or not said.get("post_layer_norm", True):
+        raise ValueError(f"{source}: transformers has no ChatGLM with biases everywhere or without a final norm")
+    heads, kv_heads, head_dim = (
+        said[key] for key in ("num_attention_heads", "multi_query_group_num", "kv_channels")
+    )
+    rope = {"rope_type": "default", "rope_theta": 10000.0 * said.get("rope_ratio", 1), "partial_rotary_factor": 0.5}
+    fields = {
+        "vocab_size": said["padded_vocab_size"], "hidden_size": said["hidden_size"], "head_dim": head_dim,
+        "num_hidden_layers": said["num_layers"], "intermediate_size": said["ffn_hidden_size"],
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": said["seq_length"],
+        "rms_norm_eps": said["layernorm_epsilon"], "attention_bias": said["add_qkv_bias"], "rope_parameters": rope,
+        "tie_word_embeddings": said.get("tie_word_embeddings", False), "pad_token_id": None,
+        "attn_implementation": attn_implementation,
+    }  # fmt: skip
+    config = transformers.GlmConfig(**fields)
+    model = transformers.GlmForCausalLM(config).to(dtype)
+    weights = {}
+    for name, weight in _chatglm_weights(source):
+        if name.endswith("inv_freq"):
+            continue
+        for theirs, glms in _GLM_NAMES.items():
+            name = name.replace(theirs, glms)
+        if "query_key_value" in name:
+            parts = weight.split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim])
+            weights |= {name.replace("query_key_value", f"{x}_proj"): y for x, y in zip("qkv", parts, strict=True)}
+        else:
+            weights[name] = weight
+    if config.tie_word_embeddings:
+        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()})
+    return model
+
+
+_GLM_NAMES = {
+    "transformer.embedding.word_embeddings": "model.embed_tokens",
+    "transformer.encoder.layers": "model.layers",
+    "transformer.encoder.final_layernorm": "model.norm",
+    "transformer.output_layer": "lm_head",
+    "self_attention.dense": "self_attn.o_proj",
+    "self_attention": "self_attn",
+    "dense_h_to_4h": "gate_up_proj",
+    "dense_4h_to_h": "down_proj",
+}
+
+
+def _chatglm_weights(source: Path):
+    """Yields (name, tensor) of every file of weights."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    for file in sorted(source.glob("*.safetensors")):
+        from safetensors.torch import load_file
+
+        yield from load_file(file).items()
+    for file in sorted(source.glob("pytorch_model*.bin")):
+        yield from torch.load(file, map_location="cpu", weights_only=True).items()
 
 
 def greedy(model, prompt: list[int], max_new_tokens: int):
@@ -179,7 +264,7 @@ def run(job: dict[str, Any]) -> None:
     }  # fmt: skip
     if job["weight_hashes"]:
         meta["weight_sha256"] = {name: _sha256(weight) for name, weight in model.state_dict().items()}
-    rotary = copy.deepcopy(model.model.rotary_emb)
+    rotary = copy.deepcopy(getattr(model.model, "rotary_emb", None))
     with torch.inference_mode(), zipfile.ZipFile(job["output"], "w") as archive:
         for index, prompt in enumerate(job["prompts"]):
             for name, array in _answer(model, rotary, job, index, prompt):
@@ -193,8 +278,7 @@ def _answer(model, rotary, job, index, prompt):
 
     sequence = torch.tensor(prompt)
     if job["max_new_tokens"]:
-        # Dynamic positions remember the longest sequence seen; every pass starts from a fresh model's state.
-        model.model.rotary_emb = copy.deepcopy(rotary)
+        _reset(model, rotary)
         tokens, logits = greedy(model, prompt, job["max_new_tokens"])
         yield "tokens", tokens
         yield "step_logprobs", logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
@@ -204,7 +288,7 @@ def _answer(model, rotary, job, index, prompt):
             sequence = torch.cat([sequence, tokens])
     if not job["forward"]:
         return
-    model.model.rotary_emb = copy.deepcopy(rotary)
+    _reset(model, rotary)
     with _stages(model) as stages:
         logits = model(sequence[None], use_cache=False).logits[0].float()
     positions = range(len(sequence)) if job["positions"] is None else job["positions"][index]
@@ -217,17 +301,25 @@ def _answer(model, rotary, job, index, prompt):
         yield from stages.items()
 
 
+def _reset(model, rotary) -> None:
+    """Dynamic positions remember the longest sequence seen; every pass starts from a fresh model's state."""
+    if rotary is not None:
+        model.model.rotary_emb = copy.deepcopy(rotary)
+
+
 @contextlib.contextmanager
 def _stages(model):
     """Collects the outputs of the embedding, the first and last layer and the final norm while it is open."""
-    body, stages, handles = model.model, {}, []
+    body, stages, handles = getattr(model.model, "decoder", model.model), {}, []
     watched = {
         "embed": body.embed_tokens,
         "layer_0": body.layers[0],
         "layers": body.layers[-1],
-        "norm": body.norm,
+        "norm": body.norm if hasattr(body, "norm") else body.final_layer_norm,
     }
     for name, module in watched.items():
+        if module is None:
+            continue
 
         def keep(_module, _inputs, output, name=name):
             stages[name] = (output[0] if isinstance(output, tuple) else output)[0].float()

@@ -288,7 +288,8 @@ def _default_prompts(checkpoint: Path, max_new_tokens: int) -> list[list[int]]:
     prompts = [made_up[:length] for length in (1, 7, 50, 300)]
     if tokenizer is not None:
         prompts = [*(encode_text(tokenizer, text) for text in _TEXTS), made_up[:50]]
-    room = max(config.max_position - max_new_tokens, 1)
+    trained = load_manifest(checkpoint)["source"].get("trained_positions", config.max_position)
+    room = max(trained - max_new_tokens, 1)
     return [prompt[:room] for prompt in prompts]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from convert.errors import ConversionError
 from convert.family import Family, part_rows
+from convert.rows import reordered
 from convert.sources import Source, SourceTensor
 from jaxdecode.checkpoint import flatten, item_of
 from jaxdecode.config import ModelConfig
@@ -76,17 +77,31 @@ def make_plan(source: Source, config: ModelConfig, family: Family, dtype: str | 
 
     problems: list[str] = []
     chosen = dtype or own_dtype(source)
+    tensors = _by_table(source, family, problems)
     items: dict[str, list[Target]] = {}
     used: set[str] = set()
     for name, abstract in flatten(abstract_params(config)).items():
         names = family.sources(name)
         used.update(names)
-        parts = _match(source, config, name, abstract.shape, names, problems)
+        parts = _match(tensors, config, name, abstract.shape, names, problems)
+        if len(parts) == 1 and (order := family.row_order(config, name)) is not None:
+            parts = (reordered(parts[0], order),)
         items.setdefault(item_of(name), []).append(Target(name, tuple(abstract.shape), chosen, parts))
     if config.tied_embeddings:
-        used.update(_check_tied(source, family, problems))
-    problems += _unexpected(source, family, used)
+        used.update(_check_tied(tensors, family, problems))
+    problems += _unexpected(tensors, family, used)
     return Plan(items, chosen), problems
+
+
+def _by_table(source: Source, family: Family, problems: list[str]) -> dict[str, SourceTensor]:
+    """The source's tensors under the names of the family's table."""
+    tensors: dict[str, SourceTensor] = {}
+    for tensor in source.tensors.values():
+        name = family.full_name(tensor.name)
+        if name in tensors:
+            problems.append(f"{tensors[name].name} and {tensor.name} are one tensor of a {family.model_type}")
+        tensors[name] = tensor
+    return tensors
 
 
 def own_dtype(source: Source) -> str:
@@ -133,7 +148,7 @@ def _row_bytes(shape: tuple[int, ...]) -> int:
 
 
 def _match(
-    source: Source,
+    tensors: dict[str, SourceTensor],
     config: ModelConfig,
     name: str,
     shape: tuple[int, ...],
@@ -142,7 +157,7 @@ def _match(
 ) -> tuple[SourceTensor, ...]:
     parts = []
     for part_name, rows in zip(names, part_rows(config, name, len(names), shape[0]), strict=True):
-        part, expected = source.tensors.get(part_name), (rows, *shape[1:])
+        part, expected = tensors.get(part_name), (rows, *shape[1:])
         if part is None:
             problems.append(f"missing tensor {part_name}{list(expected)}, needed for {name}{list(shape)}")
         elif part.shape != expected:
@@ -159,10 +174,10 @@ def _match(
     return tuple(parts)
 
 
-def _check_tied(source: Source, family: Family, problems: list[str]) -> list[str]:
+def _check_tied(tensors: dict[str, SourceTensor], family: Family, problems: list[str]) -> list[str]:
     """A head beside tied embeddings must repeat them; returns the names this accounts for."""
     head_name, embed_name = f"{family.model['head']}.weight", f"{family.model['embed']}.weight"
-    head, embed = source.tensors.get(head_name), source.tensors.get(embed_name)
+    head, embed = tensors.get(head_name), tensors.get(embed_name)
     if head is None or embed is None or len(embed.shape) != 2 or 0 in embed.shape:
         return [head_name]  # a misshaped embedding is reported as such
     if head.shape != embed.shape or not _equal(head, embed):
@@ -179,11 +194,11 @@ def _equal(a: SourceTensor, b: SourceTensor) -> bool:
     return all(np.array_equal(a.read(*span), b.read(*span)) for span in spans)
 
 
-def _unexpected(source: Source, family: Family, used: set[str]) -> list[str]:
+def _unexpected(tensors: dict[str, SourceTensor], family: Family, used: set[str]) -> list[str]:
     ignored = [re.compile(pattern) for pattern in family.ignored]
     return [
         f"unexpected tensor {tensor.name}{list(tensor.shape)} in {tensor.where}: a {family.model_type} of "
         "this config.json has no place for it"
-        for tensor in source.tensors.values()
-        if tensor.name not in used and not any(pattern.fullmatch(tensor.name) for pattern in ignored)
+        for name, tensor in tensors.items()
+        if name not in used and not any(pattern.fullmatch(name) for pattern in ignored)
     ]

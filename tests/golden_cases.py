@@ -55,5 +55,7 @@ def our_stages(
         return engine.extend(some, config, cache, tokens, jnp.int32(0), lengths)[0]
 
     last = through(config.num_layers)
-    return {"embed": model.embed(tokens), "layer_0": through(1), "layers": last, "norm": model.norm(last),
-            "logits": engine.logits(params, config, last)}  # fmt: skip
+    stages = {"embed": model.embed(tokens), "layer_0": through(1), "layers": last}
+    if config.final_norm:
+        stages["norm"] = model.norm(last)
+    return stages | {"logits": engine.logits(params, config, last)}

@@ -18,8 +18,9 @@ STAGES = ("embed", "layer_0", "layers", "norm", "logits")
 
 # Every case goes through the prompt path stage by stage; what changes the decode step, through the loop too.
 DECODED = ["llama_tied", "llama_mqa", "llama_bias", "llama_head_dim", "mistral_window", "qwen2_layer_types",
-           "qwen3_windows", "rope_dynamic_above", "rope_llama3", "rope_yarn_mscale"]  # fmt: skip
-SCORED = ["llama", "mistral_window", "qwen3_head_dim", "rope_dynamic_above"]
+           "qwen3_windows", "rope_dynamic_above", "rope_llama3", "rope_yarn_mscale", "opt", "opt_350m",
+           "opt_bare", "chatglm", "chatglm_ratio"]  # fmt: skip
+SCORED = ["llama", "mistral_window", "qwen3_head_dim", "rope_dynamic_above", "opt_350m", "chatglm"]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,8 @@ def assert_close(ours, golden, what: str) -> None:
 def test_every_stage(golden):
     params, config, arrays, prompts = golden
     ours = our_stages(params, config, *ragged(prompts))
-    for stage in STAGES:
+    assert set(ours) == {stage for stage in STAGES if f"{stage}/0" in arrays}
+    for stage in ours:
         for index, prompt in enumerate(prompts):
             assert_close(
                 ours[stage][index, : len(prompt)], arrays[f"{stage}/{index}"], f"{stage} of prompt {index}"

@@ -101,7 +101,7 @@ def test_reference_script_stands_alone():
     assert (
         not imported(file, module_level=False)
         - set(sys.stdlib_module_names)
-        - {"torch", "transformers", "numpy"}
+        - {"torch", "transformers", "numpy", "safetensors"}
     )
 
 

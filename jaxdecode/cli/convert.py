@@ -22,6 +22,13 @@ def convert(
         str | None,
         typer.Option(help="float32, bfloat16 or float16; by default the source's (float32 if quantised)."),
     ] = None,
+    extend_positions: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="For measuring speed only: N learned positions (OPT), the trained ones again and again.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the plan, write nothing.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Then compare logits and greedy tokens with transformers.")
@@ -42,6 +49,7 @@ def convert(
             src,
             dst,
             dtype=dtype,
+            extend_positions=extend_positions,
             dry_run=dry_run,
             planned=lambda plan: _print_plan(console, plan),
             progress=advance,
@@ -67,6 +75,11 @@ def _print_plan(console: Console, plan: Conversion) -> None:
         "disk": _size(plan.disk_bytes),
         "peak memory": f"{_size(plan.peak_bytes)} (predicted; mapped files not counted)",
     }
+    if plan.trained_positions is not None:
+        rows["positions"] = (
+            f"{plan.config.max_position:,}; those past the {plan.trained_positions:,} that were trained repeat them, "
+            "and what the model says there means nothing"
+        )
     for name, value in rows.items():
         console.print(f"{name:<13}{value}", markup=False, soft_wrap=True)
 

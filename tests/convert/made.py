@@ -38,6 +38,19 @@ def write_directory(
     return folder
 
 
+def write_sparse(folder: Path, config: dict, shapes: dict[str, tuple[int, ...]]) -> Path:
+    """config.json and a float16 model.safetensors of any size whose numbers take no room on the disk."""
+    from jaxdecode.safetensors_file import plan_header
+
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    header, entries = plan_header({name: ("float16", shape) for name, shape in shapes.items()})
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(header)
+        file.truncate(max(entry.stop for entry in entries.values()))
+    return folder
+
+
 def write_sharded(folder: Path, config: dict | None = None, shards: int = 3) -> Path:
     """config.json, an index and `shards` safetensors files."""
     from safetensors.numpy import save_file

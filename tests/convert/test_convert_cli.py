@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import sys
 from pathlib import Path
 
 import made
@@ -15,20 +14,7 @@ from rich.console import Console
 
 from convert import convert
 from jaxdecode.checkpoint import load_config, load_manifest
-from jaxdecode.cli import main
 from jaxdecode.cli import progress as cli_progress
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["jaxdecode", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture

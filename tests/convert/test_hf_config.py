@@ -105,7 +105,7 @@ def test_windows(name):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "changes", "expected"),
+    ("case", "changes", "expected"),
     [
         ("llama", {"num_key_value_heads": None}, {"num_kv_heads": 4}),
         ("mistral", {"num_key_value_heads": None, "num_attention_heads": 16}, {"num_kv_heads": 8}),
@@ -119,10 +119,22 @@ def test_windows(name):
         ("llama", {"hidden_act": "gelu_new"}, {"activation": "gelu_tanh"}),
         ("llama", {"eos_token_id": [3, 4]}, {"eos_token_ids": (3, 4)}),
         ("llama", {"eos_token_id": None}, {"eos_token_ids": ()}),
+        ("opt", {}, {"norm": "layer", "gated_mlp": False, "activation": "relu", "rope": None, "token_dim": None}),
+        ("opt", {"word_embed_proj_dim": None, "activation_function": ...}, {"token_dim": None, "activation": "relu"}),
+        ("opt", {"do_layer_norm_before": ..., "enable_bias": ...}, {"post_norm": False, "mlp_bias": True}),
+        ("opt", {"tie_word_embeddings": ..., "max_position_embeddings": ...}, {"tied_embeddings": True,
+                                                                               "max_position": 2048}),
+        ("opt_350m", {}, {"post_norm": True, "final_norm": False, "token_dim": 12, "norm_eps": 1e-5, "head_dim": 6}),
+        ("chatglm", {}, {"num_kv_heads": 2, "head_dim": 16, "rope": RopeConfig(rotary_dim=8), "qkv_bias": True}),
+        ("chatglm", {"rope_ratio": 50, "_name_or_path": "THUDM/chatglm3-6b-32k"},
+         {"rope": RopeConfig(theta=500_000.0, rotary_dim=8)}),
+        ("chatglm", {"post_layer_norm": False, "add_bias_linear": True}, {"final_norm": False, "out_bias": True}),
+        ("chatglm", {"layernorm_epsilon": ..., "kv_channels": ...}, {"norm_eps": 1e-5, "head_dim": 128}),
     ],
 )
-def test_fields(model_type, changes, expected):
-    config = parse_config(tiny_hf.CASES[model_type] | changes, {})
+def test_fields(case, changes, expected):
+    said = {key: value for key, value in (tiny_hf.CASES[case] | changes).items() if value is not ...}
+    config = parse_config(said, {})
     assert {name: getattr(config, name) for name in expected} == expected
 
 
@@ -140,7 +152,10 @@ def test_there_and_back(case):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "opt"}, "unknown model_type 'opt'"),
+        ({"model_type": "gpt2"}, "unknown model_type 'gpt2'"),
+        ({"model_type": "opt"}, "no opt config.json means"),
+        ({"model_type": "chatglm"}, "no chatglm config.json means"),
+        ({"model_type": "chatglm", "rope": None}, "chatglm has rotary positions"),
         ({"model_type": "llama", "qkv_bias": True}, "no llama config.json means"),
         ({"model_type": "llama", "layer_windows": (5, 5)}, "no llama config.json means"),
         ({"model_type": "mistral", "layer_windows": (5, None)}, "no mistral config.json means"),

@@ -40,6 +40,9 @@ DIFFERENT = [
     ("qwen3", "qwen3_windows"),
     ("llama", "llama_gelu"),
     ("llama_gelu", "llama_gelu_tanh"),
+    ("opt", "opt_350m"),
+    ("opt", "opt_bare"),
+    ("chatglm", "chatglm_ratio"),
 ]
 # Rules that must not matter: the same numbers under another name.
 EQUAL = [

@@ -23,6 +23,59 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+_COMMON = {
+    "num_attention_heads": 4,
+    "hidden_size": 24,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "torch_dtype": "float32",
+}
+
+
+def _opt(**changes) -> dict:
+    config = {
+        "model_type": "opt",
+        "architectures": ["OPTForCausalLM"],
+        "vocab_size": 48,
+        "ffn_dim": 40,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 73,
+        "word_embed_proj_dim": 24,
+        "do_layer_norm_before": True,
+        "_remove_final_layer_norm": False,
+        "enable_bias": True,
+        "layer_norm_elementwise_affine": True,
+        "activation_function": "relu",
+        "tie_word_embeddings": True,
+    }
+    return _COMMON | config | changes
+
+
+def _chatglm(**changes) -> dict:
+    config = {
+        "model_type": "chatglm",
+        "architectures": ["ChatGLMModel"],
+        "padded_vocab_size": 48,
+        "ffn_hidden_size": 40,
+        "num_layers": 2,
+        "kv_channels": 16,
+        "multi_query_attention": True,
+        "multi_query_group_num": 2,
+        "seq_length": 73,
+        "layernorm_epsilon": 1e-5,
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+        "post_layer_norm": True,
+        "rmsnorm": True,
+        "original_rope": True,
+        "apply_residual_connection_post_layernorm": False,
+        "apply_query_key_layer_scaling": True,
+        "quantization_bit": 0,
+        "pre_seq_len": None,
+        "tie_word_embeddings": False,
+    }
+    return _COMMON | config | changes
 
 
 def _case(model_type: str, **changes) -> dict:
@@ -109,14 +162,74 @@ CASES: dict[str, dict] = {
         rope_parameters={**_YARN, "rope_theta": 100.0, "beta_fast": 8.0},
         rope_theta=None,
     ),
+    "opt": _opt(),
+    "opt_350m": _opt(do_layer_norm_before=False, word_embed_proj_dim=12),
+    "opt_bare": _opt(enable_bias=False, _remove_final_layer_norm=True, tie_word_embeddings=False),
+    "chatglm": _chatglm(),
+    "chatglm_ratio": _chatglm(rope_ratio=0.01, kv_channels=24, multi_query_group_num=1),
 }
 for _config in CASES.values():
-    if _config["rope_theta"] is None:
+    if _config.get("rope_theta", 1) is None:
         del _config["rope_theta"]
+
+
+def vocab_size(config: dict) -> int:
+    return config["padded_vocab_size" if config["model_type"] == "chatglm" else "vocab_size"]
 
 
 def weight_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """Every weight of a case by its Hugging Face name, [out, in]."""
+    own = {"opt": _opt_shapes, "chatglm": _chatglm_shapes}.get(config["model_type"])
+    return own(config) if own else _llama_shapes(config)
+
+
+def _opt_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    hidden, mlp, tokens = config["hidden_size"], config["ffn_dim"], config["word_embed_proj_dim"]
+    shapes = {
+        "embed_tokens.weight": (config["vocab_size"], tokens),
+        "embed_positions.weight": (config["max_position_embeddings"] + 2, hidden),
+    }
+    if tokens != hidden:
+        shapes |= {"project_in.weight": (hidden, tokens), "project_out.weight": (tokens, hidden)}
+    norms = ["final_layer_norm"] if config["do_layer_norm_before"] and not config["_remove_final_layer_norm"] else []
+    linears = {f"self_attn.{name}_proj": (hidden, hidden) for name in ("q", "k", "v", "out")}
+    linears |= {"fc1": (mlp, hidden), "fc2": (hidden, mlp)}
+    for layer in range(config["num_hidden_layers"]):
+        for name, shape in linears.items():
+            shapes[f"layers.{layer}.{name}.weight"] = shape
+            if config["enable_bias"]:
+                shapes[f"layers.{layer}.{name}.bias"] = shape[:1]
+        norms += [f"layers.{layer}.{norm}" for norm in ("self_attn_layer_norm", "final_layer_norm")]
+    shapes |= {f"{norm}.{part}": (hidden,) for norm in norms for part in ("weight", "bias")}
+    shapes = {f"model.decoder.{name}": shape for name, shape in shapes.items()}
+    return shapes if config["tie_word_embeddings"] else shapes | {"lm_head.weight": (config["vocab_size"], tokens)}
+
+
+def _chatglm_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    hidden, mlp, vocab = config["hidden_size"], config["ffn_hidden_size"], config["padded_vocab_size"]
+    heads, kv_heads, head_dim = (
+        config[key] for key in ("num_attention_heads", "multi_query_group_num", "kv_channels")
+    )
+    shapes = {
+        "transformer.embedding.word_embeddings.weight": (vocab, hidden),
+        "transformer.encoder.final_layernorm.weight": (hidden,),
+        "transformer.output_layer.weight": (vocab, hidden),
+    }
+    for layer in range(config["num_layers"]):
+        prefix, qkv = f"transformer.encoder.layers.{layer}.", (heads + 2 * kv_heads) * head_dim
+        shapes |= {
+            f"{prefix}input_layernorm.weight": (hidden,),
+            f"{prefix}self_attention.query_key_value.weight": (qkv, hidden),
+            f"{prefix}self_attention.query_key_value.bias": (qkv,),
+            f"{prefix}self_attention.dense.weight": (hidden, heads * head_dim),
+            f"{prefix}post_attention_layernorm.weight": (hidden,),
+            f"{prefix}mlp.dense_h_to_4h.weight": (2 * mlp, hidden),
+            f"{prefix}mlp.dense_4h_to_h.weight": (hidden, mlp),
+        }
+    return shapes
+
+
+def _llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     hidden, mlp, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // heads
     kind, kv_heads = config["model_type"], config["num_key_value_heads"]
@@ -159,19 +272,19 @@ def _weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
         values = 0.5 * normal
     elif len(shape) == 1:
         values = 1 + 0.3 * normal
-    elif "embed_tokens" in name:
+    elif "embed" in name:
         values = normal
     else:
         # Queries and keys are made large, so that attention is sharp and a wrong position shows.
-        gain = 2.0 if ".q_proj" in name or ".k_proj" in name else 1.0
+        gain = 2.0 if any(part in name for part in (".q_proj", ".k_proj", "query_key_value")) else 1.0
         values = gain * normal / np.sqrt(shape[1])
     return values.astype(np.float32)
 
 
 def prompts(config: dict) -> list[list[int]]:
-    """Token ids, a few lengths; the same for every case of one vocab_size."""
+    """Token ids, a few lengths; the same for every case of one size of vocabulary."""
     random = np.random.RandomState(0)
-    return [random.randint(3, config["vocab_size"], size=length).tolist() for length in PROMPT_LENGTHS]
+    return [random.randint(3, vocab_size(config), size=length).tolist() for length in PROMPT_LENGTHS]
 
 
 def write_hf_directory(folder: Path, config: dict) -> Path:

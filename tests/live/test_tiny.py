@@ -17,6 +17,7 @@ NEW_TOKENS = 40  # several sliding windows long
 
 def made_up_prompts(vocab_size: int) -> list[list[int]]:
     random = np.random.RandomState(7)
+    # with the new tokens the last is as long as OPT's learned positions
     return [random.randint(vocab_size, size=length).tolist() for length in (1, 3, 33)]
 
 
@@ -27,7 +28,7 @@ def compared(hf_python, tmp_path_factory):
     originals, exports = {}, {}
     for case, config in tiny_hf.CASES.items():
         load_converted(folder / case, case)
-        checkpoint, prompts = folder / case / "converted", made_up_prompts(config["vocab_size"])
+        checkpoint, prompts = folder / case / "converted", made_up_prompts(tiny_hf.vocab_size(config))
         source, output = folder / case / "source", folder / case / "original.npz"
         job = reference_job(checkpoint, source, output, prompts=prompts, max_new_tokens=NEW_TOKENS)
         originals[case] = job | {"weight_hashes": True}

@@ -1,0 +1,164 @@
+"""What is special about converting OPT and ChatGLM: names, refusals, published sizes, positions added."""
+
+from __future__ import annotations
+
+import collections
+import json
+import shutil
+
+import made
+import numpy as np
+import pytest
+from made import tiny_hf
+
+from convert import ConversionError, convert, export
+from convert.hf_config import to_hf_config
+from jaxdecode import checkpoint
+from jaxdecode.models.known import KNOWN
+
+OPT_6_7B = tiny_hf.CASES["opt"] | {
+    "vocab_size": 50272, "hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "max_position_embeddings": 2048, "eos_token_id": None,
+}  # fmt: skip
+CHATGLM2_6B = tiny_hf.CASES["chatglm"] | {
+    "padded_vocab_size": 65024, "hidden_size": 4096, "ffn_hidden_size": 13696, "num_layers": 28, "kv_channels": 128,
+    "num_attention_heads": 32, "seq_length": 32768, "eos_token_id": None,
+}  # fmt: skip
+
+
+def hashes(folder) -> dict[str, str]:
+    return {name: row["sha256"] for name, row in checkpoint.load_manifest(folder)["tensors"].items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "parameters"),
+    [("opt-6.7b", OPT_6_7B, 6_658_473_984), ("chatglm2-6b", CHATGLM2_6B, 6_243_584_000)],
+)
+def test_published_models_are_planned_whole(name, said, parameters, tmp_path, monkeypatch, run):
+    shapes = tiny_hf.weight_shapes(said)
+    if name == "chatglm2-6b":
+        shapes["transformer.rotary_pos_emb.inv_freq"] = (32,)
+        assert sum(2 * int(np.prod(shape)) for shape in shapes.values()) == 12_487_168_064  # their index says so
+    made.write_sparse(tmp_path / "hf", said, shapes)
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 50, 0, 1 << 50))
+    code, out, _ = run("convert", tmp_path / "hf", tmp_path / "ours", "--dry-run")
+    assert code == 0 and f"parameters   {parameters:,}" in out
+    plan = convert(tmp_path / "hf", tmp_path / "ours", dry_run=True)
+    assert plan.parameters == parameters and plan.dtype == "float16" and plan.config == KNOWN[name]
+    assert plan.peak_bytes < 3 << 29
+
+
+def test_opt_under_the_names_of_its_older_files(tmp_path):
+    config = tiny_hf.CASES["opt_350m"]
+    weights = tiny_hf.hf_weights(config)
+    older = {name.removeprefix("model."): array for name, array in weights.items()}
+    older |= {"decoder.version": np.ones(1, np.float32), "lm_head.weight": weights["model.decoder.embed_tokens.weight"]}
+    convert(made.write_directory(tmp_path / "new", config), tmp_path / "a")
+    convert(made.write_directory(tmp_path / "old", config, older), tmp_path / "b")
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+    assert tmp_path / "back" == export(tmp_path / "b", tmp_path / "back")
+    both = weights | {"decoder.project_in.weight": weights["model.decoder.project_in.weight"]}
+    with pytest.raises(ConversionError, match=r"model\.decoder\.project_in\.weight are one tensor"):
+        convert(made.write_directory(tmp_path / "both", config, both), tmp_path / "c")
+
+
+def test_a_head_that_differs_from_tied_embeddings_is_no_opt(tmp_path):
+    weights = tiny_hf.hf_weights(tiny_hf.CASES["opt"])
+    weights["lm_head.weight"] = weights["model.decoder.embed_tokens.weight"] + 1
+    with pytest.raises(ConversionError, match="holds both and they differ"):
+        convert(made.write_directory(tmp_path / "hf", tiny_hf.CASES["opt"], weights), tmp_path / "ours")
+
+
+def test_frequencies_of_a_chatglm_are_ignored(tmp_path):
+    config = tiny_hf.CASES["chatglm"]
+    weights = tiny_hf.hf_weights(config) | {"transformer.rotary_pos_emb.inv_freq": np.ones(4, np.float32)}
+    convert(made.write_directory(tmp_path / "hf", config, weights), tmp_path / "ours")
+    convert(made.write_directory(tmp_path / "plain", config), tmp_path / "other")
+    assert hashes(tmp_path / "ours") == hashes(tmp_path / "other")
+
+
+def test_a_chatglm_keeps_pairs_half_a_rotation_apart(tmp_path):
+    """The rows of the query, key and value product: turned pairs (2j, 2j + 1) become (j, j + 4), the rest stays."""
+    config = tiny_hf.CASES["chatglm"]  # 4 heads and 2 KV heads of 16, of which 8 turn
+    weights = tiny_hf.hf_weights(config)
+    convert(made.write_directory(tmp_path / "hf", config), tmp_path / "ours")
+    head = [0, 2, 4, 6, 1, 3, 5, 7, *range(8, 16)]
+    order = [16 * index + row for index in range(6) for row in head] + list(range(96, 128))
+    for part in ("weight", "bias"):
+        view = checkpoint.tensor_views(tmp_path / "ours")[f"layers.1.attention.qkv.{part}"]
+        theirs = weights[f"transformer.encoder.layers.1.self_attention.query_key_value.{part}"]
+        np.testing.assert_array_equal(view, theirs[order])
+
+
+def test_what_no_chatglm_may_say_is_said_at_once(tmp_path):
+    said = {
+        "quantization_bit": 4, "rmsnorm": False, "apply_residual_connection_post_layernorm": True,
+        "multi_query_attention": False, "original_rope": False, "pre_seq_len": 128, "rope_ratio": 16,
+        "_name_or_path": "THUDM/chatglm2-6b-32k",
+    }  # fmt: skip
+    made.write_directory(tmp_path / "hf", tiny_hf.CASES["chatglm"] | said, tiny_hf.hf_weights(tiny_hf.CASES["chatglm"]))
+    with pytest.raises(ConversionError) as caught:
+        convert(tmp_path / "hf", tmp_path / "ours")
+    for problem in (
+        "quantization_bit must be 0 to be supported; it is 4", "rmsnorm must be true to be supported; it is False",
+        "apply_residual_connection_post_layernorm must be false", "multi_query_attention must be true",
+        "original_rope must be true", "pre_seq_len must be null to be supported; it is 128",
+        "rope_ratio 16 of 'THUDM/chatglm2-6b-32k' divides positions",
+    ):  # fmt: skip
+        assert problem in str(caught.value)
+
+
+def test_missing_fields_go_by_the_familys_names(tmp_path):
+    for case, names in {"opt": ["ffn_dim"], "chatglm": ["padded_vocab_size", "num_layers", "ffn_hidden_size"]}.items():
+        config = {name: value for name, value in tiny_hf.CASES[case].items() if name not in names}
+        made.write_directory(tmp_path / case, config, tiny_hf.hf_weights(tiny_hf.CASES[case]))
+        with pytest.raises(ConversionError) as caught:
+            convert(tmp_path / case, tmp_path / "ours")
+        assert all(f"{name} must be a positive integer; it is missing" in str(caught.value) for name in names)
+
+
+def test_no_affine_no_opt(tmp_path):
+    made.write_directory(tmp_path / "hf", tiny_hf.CASES["opt"] | {"layer_norm_elementwise_affine": False})
+    with pytest.raises(ConversionError, match="layer_norm_elementwise_affine must be true to be supported"):
+        convert(tmp_path / "hf", tmp_path / "ours")
+
+
+def test_an_exported_chatglm_says_what_its_own_code_reads(tmp_path):
+    convert(made.write_directory(tmp_path / "hf", tiny_hf.CASES["chatglm_ratio"]), tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "back")
+    said = json.loads((tmp_path / "back" / "config.json").read_text())
+    told = tiny_hf.CASES["chatglm_ratio"]
+    unread = {"apply_query_key_layer_scaling", "bos_token_id", "pad_token_id"}
+    assert {name: said.get(name) for name in told if name not in unread} == {
+        name: value for name, value in told.items() if name not in unread
+    }
+    assert to_hf_config(KNOWN["chatglm2-6b"], "float16")["rope_ratio"] == 1
+
+
+@pytest.mark.parametrize("count", [74, 146, 200])
+def test_added_positions_repeat_the_trained_ones(count, tmp_path, monkeypatch, run):
+    config = tiny_hf.CASES["opt"]
+    source = made.write_directory(tmp_path / "hf", config)
+    monkeypatch.setattr("convert.weights.CHUNK_BYTES", 1000)
+    _, out, _ = run("convert", source, tmp_path / "ours", "--extend-positions", count)
+    assert f"positions    {count}; those past the 73 that were trained repeat them" in out
+    table = tiny_hf.hf_weights(config)["model.decoder.embed_positions.weight"]
+    view = checkpoint.tensor_views(tmp_path / "ours")["positions.weight"]
+    np.testing.assert_array_equal(view, np.concatenate([table, *[table[2:]] * 3])[: count + 2])
+    assert checkpoint.load_config(tmp_path / "ours").max_position == count
+    assert checkpoint.load_manifest(tmp_path / "ours")["source"]["trained_positions"] == 73
+    export(tmp_path / "ours", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["max_position_embeddings"] == count
+    convert(tmp_path / "back", tmp_path / "again")
+    assert hashes(tmp_path / "again") == hashes(tmp_path / "ours")
+
+
+def test_positions_are_added_only_where_there_is_a_table_that_is_too_short(tmp_path):
+    opt = made.write_directory(tmp_path / "opt", tiny_hf.CASES["opt"])
+    with pytest.raises(ConversionError, match="must exceed the model's 73; got 73"):
+        convert(opt, tmp_path / "ours", extend_positions=73)
+    llama = made.write_directory(tmp_path / "llama", tiny_hf.CASES["llama"])
+    with pytest.raises(ConversionError, match="those of a llama are rotary and have no end"):
+        convert(llama, tmp_path / "ours", extend_positions=1000)
+    assert not (tmp_path / "ours").exists()
