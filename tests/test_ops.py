@@ -319,3 +319,11 @@ def test_rows_padded_to_eight_are_padded_no_further(target, n, k, segments):
 def test_the_shapes_in_signatures_are_checked():
     with pytest.raises(jaxtyping.TypeCheckError, match="num_kv_heads"):
         append_token(jnp.ones((2, 3, 8, 4)), jnp.ones((2, 5, 4)), jnp.ones(2, int))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_small_weight_is_fetched_with_a_deep_ring(target):
+    """Where a grid leaves multiprocessors empty; a large weight's blocks share them, two and two."""
+    small, large = (choose_config(8, n, 576, "float16", TARGETS[target]) for n in (576, 49152))
+    assert small.num_stages == 6 and large.num_stages <= 4
+    assert choose_config(8, 576, 96, "float16", TARGETS[target]).num_stages == 96 // 32 + 1  # one less is in flight

@@ -32,6 +32,7 @@ from pallas_kernels.targets import find_target
 EXECUTED = {
     "plain": Case(n=128, k=512, config=FlatGemmConfig(num_stages=4)),
     "bfloat16": Case(m=16, dtype="bfloat16", bias=True, activation="gelu"),
+    "deep ring": Case(m=8, n=64, k=576, norm="rms", config=FlatGemmConfig(num_stages=6, block_k=64)),
     "one step": Case(k=128, config=FlatGemmConfig(num_stages=2), bias=True, activation="relu"),
     "unpadded": Case(m=3, residual=True, activation="gelu_tanh"),
     "narrow": Case(m=16, n=96, k=320, residual=True, config=blocks(block_n=32, block_k=64)),
@@ -50,6 +51,7 @@ EXECUTED = {
     "split layer norm": Case(k=640, norm="layer bias", config=blocks(split_k=2)),
     "split gated": Case(k=512, gated=True, norm="rms", config=blocks(split_k=2), dtype="bfloat16"),
     "gemv 1": Case(implementation="gemv", m=1, padding=7, n=128, config=FlatGemmConfig(num_stages=4)),
+    "gemv deep ring": Case(implementation="gemv", m=1, padding=7, k=576, config=blocks(num_stages=6, block_k=64)),
     "gemv 2": Case(implementation="gemv", m=2, dtype="bfloat16", bias=True, activation="gelu", residual=True),
     "gemv 3": Case(implementation="gemv", m=3, padding=5, norm="rms", k=640),
     "gemv 4": Case(implementation="gemv", m=4, padding=4, norm="layer bias", dtype="bfloat16", mean=30.0),
