@@ -48,8 +48,9 @@ def cell_row(cell: Cell) -> dict[str, Any]:
     """A row of the table: numbers in bytes and milliseconds."""
     row = {name: getattr(cell, name) for name in ("model", "card", "dtype", "batch", "context")}
     fit, program, modelled = cell.fit, cell.program, cell.modelled
-    row |= {name: getattr(fit, name) for name in ("weights", "caches", "temporaries", "memory", "fits")}
-    row["short_by"] = max(0, fit.total - fit.memory)
+    sizes = ("weight_bytes", "cache_bytes", "temporary_bytes", "memory_bytes", "fits")
+    row |= {name: getattr(fit, name) for name in sizes}
+    row["short_by_bytes"] = max(0, fit.total_bytes - fit.memory_bytes)
     row["error"] = cell.error or ""
     row["faults"] = "; ".join(cell.faults)
     if program is None or modelled is None:
@@ -60,7 +61,7 @@ def cell_row(cell: Cell) -> dict[str, Any]:
         "bytes_per_token": cell.bytes_per_token,
         "modelled_ms_per_token": f"{1e3 * modelled.seconds_per_token[0]:.4f}",
         "modelled_ms_per_token_most": f"{1e3 * modelled.seconds_per_token[1]:.4f}",
-        "modelled_tokens_per_second": f"{modelled.tokens_per_second:.2f}",
+        "modelled_tokens_per_second": f"{modelled.tokens_per_second[1]:.2f}",
         "roofline_ms": f"{1e3 * modelled.roofline_seconds:.4f}",
         "modelled_roofline_share": f"{modelled.roofline_share:.4f}",
         "modelled_rest_mostly": modelled.binds,
@@ -75,7 +76,8 @@ def kernel_rows(cell: Cell) -> Iterator[dict[str, Any]]:
     for use in cell.kernels:
         if use.kind != "mosaic":
             continue
-        row = {name: value for name, value in dataclasses.asdict(use).items() if name not in ("kind", "spent")}
+        left_out = ("kind", "modelled_spent_seconds")
+        row = {name: value for name, value in dataclasses.asdict(use).items() if name not in left_out}
         row["shape"], row["grid"] = ("x".join(map(str, row[name])) for name in ("shape", "grid"))
         row["waves"] = f"{use.waves:.3f}"
         row["modelled_us"] = f"{1e6 * row.pop('modelled_seconds')[0]:.2f}"

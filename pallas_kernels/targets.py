@@ -3,13 +3,14 @@
 The only place that asks JAX what this device is (`this_device`). Compute capabilities and limits per multiprocessor are
 those of the CUDA C++ Programming Guide's table of technical specifications; multiprocessors, bandwidth, cache and clock
 are those of NVIDIA's data sheets and architecture white papers. `memory_bytes` is what the driver leaves to a program
-where that is known (A100 80 GB, H100 SXM), else the data sheet's size rounded down.
+where that is known (A100 80 GB, H100 SXM, H200), else the data sheet's size rounded down.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -141,10 +142,10 @@ def read_target(file: Path) -> Target:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"cannot read a card from {file}: {error}") from error
     like = given.pop("like", None)
+    if not isinstance(like, str | None):
+        raise ValueError(f"{file} is not a card: like must be the name of a known card; it is {like!r}")
     fields = {field.name: str(field.type) for field in dataclasses.fields(Target)}
-    values = dataclasses.asdict(find_target(like)) if isinstance(like, str) else {}
-    if like is None or "name" in given:
-        values.pop("name", None)
+    values = dataclasses.asdict(find_target(like)) if like else {}
     values |= given
     problems = [f"{name} is unknown" for name in values.keys() - fields.keys()]
     problems += [f"{name} is missing" for name in fields if name not in values]
@@ -160,19 +161,20 @@ def read_target(file: Path) -> Target:
 
 
 _EXPECTED = {
-    "str": "a text",
+    "str": "a name",
     "int": "a positive integer",
     "float": "a positive number",
-    "tuple[int, int]": "two integers, such as [8, 0]",
+    "tuple[int, int]": "two integers from [8, 0] on",
 }
 
 
 def _fits(kind: str, value: Any) -> bool:
     if kind == "str":
-        return isinstance(value, str)
+        return isinstance(value, str) and bool(re.fullmatch(r"[\w .,()/+-]+", value))
     if kind == "tuple[int, int]":
-        return isinstance(value, list | tuple) and len(value) == 2 and all(type(part) is int for part in value)
-    return type(value) in ((int,) if kind == "int" else (int, float)) and value > 0
+        two = isinstance(value, list | tuple) and len(value) == 2 and all(type(part) is int for part in value)
+        return two and tuple(value) >= (8, 0)
+    return type(value) in ((int,) if kind == "int" else (int, float)) and 0 < value < math.inf
 
 
 def why_none() -> str:

@@ -108,8 +108,15 @@ def compile_programs(
             (folder / f"{index}.job").write_bytes(pickle.dumps(whole))
         shares = list(_shares([job.target for job in jobs], workers))
         outcomes: dict[int, CompiledProgram | CompileError] = {}
-        for part in pool.map(lambda share: _compile_share(folder, share, done), shares):
-            outcomes |= part
+        running: set[subprocess.Popen] = set()
+        try:
+            for part in pool.map(lambda share: _compile_share(folder, share, done, running), shares):
+                outcomes |= part
+        except BaseException:  # an interrupt, or what `done` raised: nothing goes on behind the caller's back
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                process.terminate()
+            raise
     return [outcomes[index] for index in range(len(jobs))]
 
 
@@ -122,18 +129,18 @@ def _shares(targets: list[Target], workers: int) -> Iterator[list[int]]:
 
 
 def _compile_share(
-    folder: Path, pending: list[int], done: Callable[[int], None] | None
+    folder: Path, pending: list[int], done: Callable[[int], None] | None, running: set[subprocess.Popen]
 ) -> dict[int, CompiledProgram | CompileError]:
     outcomes: dict[int, CompiledProgram | CompileError] = {}
     while pending:
-        ended = _run_worker(folder, pending, done)
+        ended = _run_worker(folder, pending, done, running)
         outcomes |= zip(pending, ended, strict=False)
         pending = pending[len(ended) :]
     return outcomes
 
 
 def _run_worker(
-    folder: Path, jobs: list[int], done: Callable[[int], None] | None
+    folder: Path, jobs: list[int], done: Callable[[int], None] | None, running: set[subprocess.Popen]
 ) -> list[CompiledProgram | CompileError]:
     """Runs the worker over `jobs` until it is done or has died; one outcome for each job it took up."""
     own = folder / f"worker-{jobs[0]}"
@@ -143,6 +150,7 @@ def _run_worker(
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     told, printed = set(), ""
     with subprocess.Popen(command, env=_environment(own), **pipe) as process:
+        running.add(process)
         assert process.stdout is not None
         for line in process.stdout:  # the number of each job that has ended, or why the worker did not start
             if not line.strip().isdecimal():
@@ -151,7 +159,10 @@ def _run_worker(
             told.add(int(line))
             if done:
                 done(int(line))
+    running.discard(process)
     shutil.rmtree(own)
+    if process.returncode in (-signal.SIGINT, -signal.SIGTERM):
+        raise KeyboardInterrupt
     outcomes = _read_outcomes(folder, jobs, process.returncode, printed)
     for job in jobs[: len(outcomes)]:
         if done and job not in told:

@@ -33,6 +33,7 @@ class Assumptions:
       combine: for the last block of a split to add the others' results up.
       round_trip: for the host to read a loop's condition and launch its next step.
       product_share: lowest and highest share that XLA's own products reach of the tensor cores and of dram_share.
+      tensor_share: of the tensor cores' peak that a kernel reaches.
     """
 
     dram_share: float = 0.92
@@ -43,10 +44,13 @@ class Assumptions:
     combine: float = 1.5e-6
     round_trip: float = 15e-6
     product_share: tuple[float, float] = (0.4, 0.8)
+    tensor_share: float = 1.0
 
     def at(self, share: float) -> Assumptions:
         """The same for a kernel that reaches `share` of what ours do."""
-        return dataclasses.replace(self, dram_share=share * self.dram_share)
+        return dataclasses.replace(
+            self, dram_share=share * self.dram_share, tensor_share=share * self.tensor_share
+        )
 
     def describe(self) -> str:
         """One line for a person."""
@@ -103,7 +107,14 @@ def blocks_per_sm(kernel: Kernel, target: Target) -> int:
     )
 
 
-def kernel_seconds(work: Work, target: Target, assumed: Assumptions, *, captured: bool = True) -> dict[str, float]:
+def tensor_rate(target: Target, dtype: str) -> float:
+    """Operations a second of a card's tensor cores: float32 goes through them as TF32, at half the rate."""
+    return target.tensor_tflops * 1e12 / (2 if dtype == "float32" else 1)
+
+
+def kernel_seconds(
+    work: Work, target: Target, assumed: Assumptions, *, dtype: str = "float16", captured: bool = True
+) -> dict[str, float]:
     """Modelled seconds of one launch, by what they are spent on; their sum is its time.
 
     Returns:
@@ -122,7 +133,7 @@ def kernel_seconds(work: Work, target: Target, assumed: Assumptions, *, captured
     }
     for count, blocks, last in ((whole, slots, False), (1 if rest else 0, rest, True)):
         if count:
-            cause, extra = _wait(work, blocks, target, assumed)
+            cause, extra = _wait(work, blocks, target, assumed, dtype)
             cause = "last wave" if last and whole else cause
             spent[cause] = spent.get(cause, 0.0) + count * extra
     spent["start"] = assumed.dram_latency + (assumed.combine if work.split else 0.0)
@@ -130,15 +141,16 @@ def kernel_seconds(work: Work, target: Target, assumed: Assumptions, *, captured
     return {name: seconds for name, seconds in spent.items() if seconds > 0}
 
 
-def _wait(work: Work, resident: int, target: Target, assumed: Assumptions) -> tuple[str, float]:
+def _wait(work: Work, resident: int, target: Target, assumed: Assumptions, dtype: str) -> tuple[str, float]:
     """How much longer a wave of `resident` blocks takes than its bytes at the reached bandwidth, and for what."""
     share, sms, clock = resident / work.blocks, min(resident, target.num_sms), target.clock * 1e9
+    tensor_cores = assumed.tensor_share * tensor_rate(target, dtype) * sms / target.num_sms
     moved = work.requested * share
     ideal = moved / (target.bandwidth * 1e9 * assumed.dram_share)
     limits = {
         "bytes in flight": moved / (resident * work.in_flight / assumed.dram_latency) if moved else 0.0,
         "level-2 cache": (moved + work.activations * share) / (sms * assumed.l2_bytes_per_clock * clock),
-        "arithmetic": work.tensor_operations * share / (target.tensor_tflops * 1e12 * sms / target.num_sms)
+        "arithmetic": work.tensor_operations * share / tensor_cores
         + work.instructions * share / (sms * _ISSUE * clock),
     }
     cause = max(limits, key=lambda name: limits[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 
@@ -12,6 +13,7 @@ _PROPERTIES = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\
 _TOO_NEW = re.compile(r"Unsupported \.version [\d.]+; current version is '([\d.]+)'")
 
 
+@functools.cache  # most kernels of one program are also in the next
 def run_ptxas(ptx: str, entry: str) -> PtxasReport:
     """Assembles `ptx` for the architecture it names and returns the report of one entry.
 

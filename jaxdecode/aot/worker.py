@@ -9,6 +9,7 @@ the compiler leaves its files.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -16,6 +17,7 @@ import importlib.metadata
 import os
 import pickle
 import shutil
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -62,6 +64,8 @@ def main(folder: Path, dump: Path, jobs: list[str]) -> None:
         with _output_to(folder / f"{job}.log"):
             try:
                 result = _compile(pickle.loads((folder / f"{job}.job").read_bytes()), dump)
+            except KeyboardInterrupt:
+                raise
             except BaseException:  # whatever a user's build or the compiler raises is the result of this job
                 result = traceback.format_exc()
         partial = folder / f"{job}.partial"
@@ -161,7 +165,7 @@ def _from_cache(file: Path) -> CompiledProgram | None:
     try:
         return dataclasses.replace(pickle.loads(file.read_bytes()), cached=True)
     except (
-        FileNotFoundError,
+        OSError,
         EOFError,
         pickle.UnpicklingError,
         AttributeError,
@@ -174,10 +178,13 @@ def _from_cache(file: Path) -> CompiledProgram | None:
 
 
 def _write_atomically(file: Path, data: bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial")
-    partial.write_bytes(data)
-    partial.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        partial.replace(file)
+    except OSError as error:  # a program that cannot be kept is no reason to lose it
+        print(f"{file} cannot be written: {error}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -199,5 +206,11 @@ def _output_to(file: Path):
                 os.close(copy)
 
 
+def _end_with_parent() -> None:
+    """Asks Linux for a SIGTERM when the process that waits for the results has died."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 if __name__ == "__main__":
+    _end_with_parent()
     main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -13,7 +15,7 @@ import typer
 from jaxdecode.cli.progress import counter
 
 if TYPE_CHECKING:
-    from jaxdecode.aot.check import Cell, Question
+    from jaxdecode.aot.check import Question
     from jaxdecode.config import ModelConfig
 
 _NUMBER = re.compile(r"(\d+)(k?)", re.IGNORECASE)
@@ -52,21 +54,25 @@ def check(
     from jaxdecode.aot.check import Assumptions, check_cells, versions
     from jaxdecode.aot.check.table import WIDTH, show_cells
 
+    if plot:
+        _can_plot(plot)
     assumed = Assumptions()
     questions = _questions(model, gpu, _numbers("--batch", batch), _numbers("--context", context), dtype)
     if extend_positions:
         questions = [question.with_positions() for question in questions]
     with counter(Console(stderr=True, highlight=False), "compiling") as advance:
         cells = check_cells(questions, assumed=assumed, workers=workers or os.cpu_count() or 1, progress=advance)
-    if plot:
-        _plot(questions, cells, plot)
     if as_json:
-        whole = {"versions": versions(), "assumed": assumed.describe(), "cells": [cell.to_dict() for cell in cells]}
-        typer.echo(json.dumps(whole))
+        whole = {"versions": versions(), "assumed": dataclasses.asdict(assumed)}
+        typer.echo(json.dumps(whole | {"cells": [cell.to_dict() for cell in cells]}))
     else:
         console = Console(highlight=False)
         console.width = max(WIDTH, console.width)
         show_cells(cells, assumed, console, kernels=kernels or len(cells) == 1)
+    if plot:
+        from jaxdecode.aot.check.plot import plot_rooflines
+
+        plot_rooflines(questions, cells, plot)
     if any(cell.error or (strict and cell.faults) for cell in cells):
         raise typer.Exit(1)
 
@@ -93,11 +99,11 @@ def _find_model(model: str) -> tuple[str, ModelConfig, str]:
 
     path = Path(model)
     file = path / "config.json" if path.is_dir() else path
-    if file.is_file() and (file.suffix == ".json" or path.is_dir()):
+    if file.is_file() and file.suffix == ".json":
         from convert import read_config
 
         config, dtype = read_config(file)
-        return path.stem if path.is_dir() else path.parent.resolve().name, config, dtype
+        return file.resolve().parent.name, config, dtype
     return find_model(model)
 
 
@@ -108,10 +114,9 @@ def _numbers(option: str, text: str) -> list[int]:
     return [int(match[1]) * (1024 if match[2] else 1) for match in found if match]
 
 
-def _plot(questions: list[Question], cells: list[Cell], file: Path) -> None:
-    try:
-        from jaxdecode.aot.check.plot import plot_rooflines
-
-        plot_rooflines(questions, cells, file)
-    except ImportError as error:
-        raise ValueError('--plot needs matplotlib: pip install "jaxdecode[check]"') from error
+def _can_plot(file: Path) -> None:
+    """Refuses before minutes of compiling what could not be drawn after them."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError('--plot needs matplotlib: pip install "jaxdecode[check]"')
+    if file.suffix.lower() != ".png" or not file.parent.is_dir():
+        raise ValueError(f"--plot takes the name of a .png file in a folder that exists; got {file}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
@@ -66,8 +67,18 @@ def test_a_card_from_a_file(tmp_path):
     file.write_text('name = "x"\nbandwidth = "fast"\ncompute_capability = [8]\nfans = 2')
     with pytest.raises(ValueError) as error:
         find_target(str(file))
-    for part in ("fans is unknown", "num_sms is missing", "bandwidth must be a positive integer", "such as [8, 0]"):
+    for part in ("fans is unknown", "num_sms is missing", "bandwidth must be a positive integer", "from [8, 0] on"):
         assert part in str(error.value)
+    for text, problem in (
+        ('like = "l4"\nclock = inf', "clock must be a positive number"),
+        ('like = "l4"\nname = ""', "name must be a name"),
+        ('like = "l4"\ncompute_capability = [7, 5]', "from [8, 0] on"),
+        ("like = 3", "like must be the name of a known card"),
+        ('like = "l5"', "no card 'l5'"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=re.escape(problem)):
+            find_target(str(file))
     for text in ("bandwidth =", None):
         file.write_text(text) if text else file.unlink()
         with pytest.raises(ValueError, match="cannot read a card from"):

@@ -3,8 +3,8 @@
     for cell in jaxdecode.check("llama2-7b", gpus=["a100-80gb"], batches=[1, 8], contexts=[1024]):
         print(cell.fit.fits, cell.program.kernels_per_token, cell.modelled.tokens_per_second)
 
-`program` says what is compiled, `kernels` reads what came out, `fit` adds up memory, `prefill` and
-`jaxdecode.aot.cost` model times; `table` and `plot` show cells.
+`program` says what is compiled, `loop` and `kernels` read what came out, `least` is what there is to read and compute,
+`fit` adds up memory, `prefill` and `jaxdecode.aot.cost` model times; `table` and `plot` show cells.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 
 from jaxdecode.aot.check.cells import Cell, Modelled, Question, check_cells, versions
 from jaxdecode.aot.check.fit import Fit
-from jaxdecode.aot.check.kernels import KernelUse, ProgramFacts
+from jaxdecode.aot.check.kernels import KernelUse
+from jaxdecode.aot.check.loop import ProgramFacts
 from jaxdecode.aot.cost import Assumptions
 from jaxdecode.config import ModelConfig
 from jaxdecode.models.known import KNOWN
@@ -51,7 +52,7 @@ def check(
     """Compiles `generate` of a model for cards that need not be here; only shapes are needed, never weights.
 
     Args:
-      model: a name of `jaxdecode.models.known.KNOWN`, a converted checkpoint's folder, or a config.
+      model: a converted checkpoint's folder, else a name of `jaxdecode.models.known.KNOWN`; or a config.
       gpus: cards, their short names, or TOML files: see `pallas_kernels.targets`.
       batches: rows.
       contexts: tokens of prompt and text together that each row's cache ends up with.
@@ -86,12 +87,12 @@ def find_model(model: str | Path | ModelConfig) -> tuple[str, ModelConfig, str]:
     """
     if isinstance(model, ModelConfig):
         return model.model_type, model, "float16"
-    if str(model).lower() in KNOWN:
-        return str(model).lower(), KNOWN[str(model).lower()], "float16"
     if Path(model).exists():
         from jaxdecode.checkpoint import load_config, load_manifest
 
-        return Path(model).name, load_config(model), load_manifest(model)["dtype"]
+        return Path(model).resolve().name, load_config(model), load_manifest(model)["dtype"]
+    if str(model).lower() in KNOWN:
+        return str(model).lower(), KNOWN[str(model).lower()], "float16"
     near = difflib.get_close_matches(str(model).lower(), KNOWN, n=1, cutoff=0.5)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise ValueError(f"no model {str(model)!r}{hint}: neither a checkpoint nor one of {', '.join(KNOWN)}")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxdecode.aot.check import program
 from jaxdecode.aot.check.fit import Fit, find_fit
-from jaxdecode.aot.check.kernels import DecodeLoop, KernelUse, ProgramFacts
+from jaxdecode.aot.check.kernels import MOST_BYTES, KernelUse, Step
+from jaxdecode.aot.check.least import step_bytes, step_operations
+from jaxdecode.aot.check.loop import DecodeLoop, ProgramFacts
 from jaxdecode.aot.check.prefill import chunk_sizes, prefill_seconds
 from jaxdecode.aot.compiler import CompileError, compile_programs
-from jaxdecode.aot.cost import Assumptions, add_up
+from jaxdecode.aot.cost import Assumptions, add_up, tensor_rate
 from jaxdecode.aot.job import Job
 from jaxdecode.aot.program import CompiledProgram
 from jaxdecode.config import ModelConfig
@@ -64,20 +66,21 @@ class Modelled:
     Attributes:
       seconds_per_token: a decode step, fewest and most; every row gets a token. They differ where XLA's own products
         run, which are tuned on the card only.
-      tokens_per_second: over all rows, at the fewest seconds.
-      roofline_seconds: for the weights, keys and values alone at the card's nominal bandwidth.
+      tokens_per_second: over all rows, fewest and most.
+      roofline_seconds: a lower bound: weights, keys and values at the card's nominal bandwidth, or the arithmetic at
+        the peak of its tensor cores if that is longer.
       roofline_share: roofline_seconds over the fewest seconds.
       binds: what most of the rest is spent on.
-      spent: the fewest seconds by what they are spent on.
+      spent_seconds: the fewest seconds by what they are spent on.
       prefill_seconds: fewest and most, to read a prompt that fills the cache but for the tokens generated.
     """
 
     seconds_per_token: tuple[float, float]
-    tokens_per_second: float
+    tokens_per_second: tuple[float, float]
     roofline_seconds: float
     roofline_share: float
     binds: str
-    spent: dict[str, float]
+    spent_seconds: dict[str, float]
     prefill_seconds: tuple[float, float]
 
 
@@ -91,6 +94,7 @@ class Cell:
       error: why it did not compile.
       faults: what is wrong with its kernels: spills, copies of weights or caches, more bytes than there are, ….
       bytes_per_token: least bytes of weights, keys and values that a decode step reads.
+      operations_per_token: of its products and attention, multiplications and additions.
     """
 
     model: str
@@ -105,11 +109,12 @@ class Cell:
     program: ProgramFacts | None = None
     kernels: tuple[KernelUse, ...] = ()
     bytes_per_token: int | None = None
+    operations_per_token: int | None = None
     modelled: Modelled | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict."""
-        fit = {name: getattr(self.fit, name) for name in ("total", "fits", "memory_fraction")}
+        fit = {name: getattr(self.fit, name) for name in ("total_bytes", "fits", "memory_fraction")}
         whole = dataclasses.asdict(self)
         return whole | {"fit": whole["fit"] | fit}
 
@@ -183,45 +188,66 @@ def _cell(
     if isinstance(outcome, CompileError):
         errors = re.findall(r"(?m)^[\w.]*(?:Error|Exception)\b.*", str(outcome)) or [str(outcome)[-200:]]
         return dataclasses.replace(cell, error=errors[-1])
-    weights = program.weight_names(question.config, question.dtype)
-    loop = DecodeLoop(outcome, question.config, weights, batch=question.batch, context=question.context)
-    prompt = program.prompt_len(question.context)
-    facts, uses = loop.facts(chunk_sizes(prompt)), loop.uses(assumed)
+    try:
+        return _read_program(question, cell, outcome, assumed)
+    except ValueError as error:
+        return dataclasses.replace(cell, error=f"the compiled program cannot be read: {error}")
+
+
+def _read_program(question: Question, cell: Cell, compiled: CompiledProgram, assumed: Assumptions) -> Cell:
+    config, dtype, batch, context = question.config, question.dtype, question.batch, question.context
+    loop = DecodeLoop(compiled, config, program.weight_names(config, dtype), batch=batch, context=context)
+    shape = {"dtype": dtype, "batch": batch, "context": context}
+    step = Step(config=config, target=question.target, assumed=assumed, **shape)
+    prompt = program.prompt_len(context)
+    facts, uses = loop.facts(chunk_sizes(prompt)), [step.use(part) for part in loop.launches()]
+    excess = [
+        f"{use.name} asks for {use.requested_bytes / use.least_bytes:.3f} times the bytes there are"
+        for use in uses
+        if use.weight and use.requested_bytes > MOST_BYTES * use.least_bytes
+    ]
     prefill = prefill_seconds(
-        question.config,
-        question.dtype,
-        batch=question.batch,
+        config,
+        dtype,
+        batch=batch,
         prompt_len=prompt,
-        kernels=dict(facts.prefill_kernels),
+        kernels=facts.prefill_kernels,
         target=question.target,
         assumed=assumed,
     )
     return dataclasses.replace(
         cell,
-        fit=_fit(question, outcome),
-        faults=tuple(dict.fromkeys(loop.faults(uses))),
+        fit=_fit(question, compiled),
+        faults=tuple(dict.fromkeys([*loop.faults(), *excess])),
         program=facts,
         kernels=tuple(uses),
-        bytes_per_token=sum(use.launches * use.least_bytes for use in uses),
-        modelled=_model(question.batch, uses, facts.round_trips, prefill, assumed),
+        bytes_per_token=step_bytes(config, dtype, batch, context),
+        operations_per_token=step_operations(config, batch, context),
+        modelled=_model(step, uses, facts.round_trips, prefill),
     )
 
 
-def _model(
-    batch: int, uses: Iterable[KernelUse], round_trips: int, prefill: tuple[float, float], assumed: Assumptions
-) -> Modelled:
+def _model(step: Step, uses: list[KernelUse], round_trips: int, prefill: tuple[float, float]) -> Modelled:
+    """Sums up; keys and values that XLA's own attention reads, in loops that are counted once, come on top."""
+    assumed, target = step.assumed, step.target
     spent: dict[str, float] = {"host": round_trips * assumed.round_trip}
     most = spent["host"]
     for use in uses:
-        add_up(use.spent, spent, use.launches)
+        add_up(use.modelled_spent_seconds, spent, use.launches)
         most += use.launches * use.modelled_seconds[1]
-    seconds, roofline = sum(spent.values()), spent["bytes"]
+    least = step_bytes(step.config, step.dtype, step.batch, step.context)
+    unread = max(0, least - sum(use.launches * use.least_bytes for use in uses)) / (target.bandwidth * 1e9)
+    low, high = (share * assumed.dram_share for share in assumed.product_share)
+    add_up({"bytes": unread, "memory efficiency": unread / high - unread}, spent)
+    seconds, most = sum(spent.values()), most + unread / low
+    operations = step_operations(step.config, step.batch, step.context)
+    roofline = max(least / (target.bandwidth * 1e9), operations / tensor_rate(target, step.dtype))
     return Modelled(
         seconds_per_token=(seconds, most),
-        tokens_per_second=batch / seconds,
+        tokens_per_second=(step.batch / most, step.batch / seconds),
         roofline_seconds=roofline,
         roofline_share=roofline / seconds,
         binds=max((name for name in spent if name != "bytes"), key=lambda name: spent[name]),
-        spent=spent,
+        spent_seconds=spent,
         prefill_seconds=prefill,
     )

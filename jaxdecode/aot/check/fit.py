@@ -5,93 +5,86 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import jax.numpy as jnp
-
+from jaxdecode.aot.check.least import slot_bytes, weight_bytes
+from jaxdecode.aot.check.prefill import chunk_sizes
+from jaxdecode.aot.check.program import prompt_len
 from jaxdecode.aot.program import MemoryUse
 from jaxdecode.config import ModelConfig
-from jaxdecode.models import abstract_params
 from pallas_kernels.targets import Target
 
 JAX_SHARE = 0.75  # of a card's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
-_SLOTS = 32  # a cache has a multiple of it
+SLOTS = 32  # a cache has a multiple of it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fit:
-    """Bytes on the card.
+    """Memory on the card.
 
     Attributes:
-      weights: of the parameters.
-      caches: keys and values of all layers and rows.
-      temporaries: the rest that the compiled program needs; None if it was not compiled.
-      memory: of the card.
-      largest_batch: rows that fit with this context, 0 if none; temporaries are taken to grow with the rows.
-      largest_context: tokens a row, a multiple of 32, that fit with this batch, 0 if none; the model may know fewer
+      weight_bytes: of the parameters.
+      cache_bytes: keys and values of all layers and rows.
+      temporary_bytes: the rest that the compiled program needs; None if it was not compiled.
+      memory_bytes: of the card.
+      largest_batch: rows that fit with this context, 0 if none. An estimate on the safe side: temporaries are taken to
+        grow with the rows, and with the largest chunk of a prompt. Where nothing was compiled, at most that.
+      largest_context: tokens a row, a multiple of 32, that fit with this batch; likewise. The model may know fewer
         positions.
     """
 
-    weights: int
-    caches: int
-    temporaries: int | None
-    memory: int
+    weight_bytes: int
+    cache_bytes: int
+    temporary_bytes: int | None
+    memory_bytes: int
     largest_batch: int
     largest_context: int
 
     @property
-    def total(self) -> int:
+    def total_bytes(self) -> int:
         """Bytes needed; without a compiled program the least that can be."""
-        return self.weights + self.caches + (self.temporaries or 0)
+        return self.weight_bytes + self.cache_bytes + (self.temporary_bytes or 0)
 
     @property
     def fits(self) -> bool:
-        return self.total <= self.memory
+        return self.total_bytes <= self.memory_bytes
 
     @property
     def memory_fraction(self) -> float | None:
         """XLA_PYTHON_CLIENT_MEM_FRACTION that the program needs; None if JAX's own does or nothing would."""
-        share = math.ceil(100 * self.total / self.memory) / 100
+        share = math.ceil(100 * self.total_bytes / self.memory_bytes) / 100
         return share if JAX_SHARE < share <= 1 else None
-
-
-def weight_bytes(config: ModelConfig, dtype: str) -> int:
-    """Bytes of all parameters."""
-    params = abstract_params(config, dtype)
-    per_layer = sum(_sizes(params["layers"][0]))
-    others = {name: part for name, part in params.items() if name != "layers"}
-    return per_layer * config.num_layers + sum(_sizes(others))
-
-
-def slot_bytes(config: ModelConfig, dtype: str) -> int:
-    """Bytes of keys and values that one token of one row takes in all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
 
 
 def find_fit(
     config: ModelConfig, dtype: str, *, batch: int, context: int, target: Target, compiled: MemoryUse | None = None
 ) -> Fit:
-    """Bytes of a cell; `compiled` is what its program uses, its caches among the temporaries."""
+    """Memory of a cell; `compiled` is what its program uses, its caches among the temporaries."""
     weights, slot = weight_bytes(config, dtype), slot_bytes(config, dtype)
-    caches = batch * _round_up(context) * slot
-    temporaries = None
+    row, temporaries = _round_up(context) * slot, None
     if compiled is not None:
         everything = compiled.arguments + compiled.outputs - compiled.aliased + compiled.temporaries
-        temporaries = max(0, everything - weights - caches)
-    left, row = target.memory_bytes - weights, (temporaries or 0) / batch
+        temporaries = max(0, everything - weights - batch * row)
+    left, spent = target.memory_bytes - weights, temporaries or 0
     return Fit(
-        weights=weights,
-        caches=caches,
-        temporaries=temporaries,
-        memory=target.memory_bytes,
-        largest_batch=max(0, int(left // (_round_up(context) * slot + row))),
-        largest_context=max(0, int((left - (temporaries or 0)) // (batch * slot)) // _SLOTS * _SLOTS),
+        weight_bytes=weights,
+        cache_bytes=batch * row,
+        temporary_bytes=temporaries,
+        memory_bytes=target.memory_bytes,
+        largest_batch=max(0, int(left // (row + spent / batch))),
+        largest_context=_largest_context(left, spent, batch * slot, context),
     )
 
 
+def _largest_context(left: int, temporaries: int, slot: int, context: int) -> int:
+    """Slots of `slot` bytes beside temporaries that grow with the largest chunk that a prompt is read in."""
+    chunk, longest = chunk_sizes(prompt_len(context))[0], max(chunk_sizes(1 << 20))
+    slots = max(0, (left - temporaries * longest // chunk) // slot // SLOTS * SLOTS)
+    if chunk == longest or chunk_sizes(prompt_len(max(2, slots)))[0] == longest:
+        return slots
+    slots = max(0, (left - temporaries) // slot // SLOTS * SLOTS)  # too few for the longer chunks
+    while slots > SLOTS and chunk_sizes(prompt_len(slots))[0] == longest:
+        slots -= SLOTS
+    return slots
+
+
 def _round_up(context: int) -> int:
-    return -(-context // _SLOTS) * _SLOTS
-
-
-def _sizes(params: object) -> list[int]:
-    import jax
-
-    return [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)]
+    return -(-context // SLOTS) * SLOTS

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from jaxdecode.aot.check.fit import slot_bytes, weight_bytes
-from jaxdecode.aot.cost import Assumptions
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from jaxdecode.aot.check.least import head_matrix, layer_matrices, seen
+from jaxdecode.aot.cost import Assumptions, tensor_rate
 from jaxdecode.config import ModelConfig
 from jaxdecode.engine import prefill_chunks
 from jaxdecode.generation import PREFILL_CHUNKS
@@ -17,10 +21,9 @@ def chunk_sizes(prompt_len: int) -> list[int]:
 
 def passes(prompt_len: int) -> dict[int, int]:
     """How often each loop runs for prompts of that length."""
-    counts, left = {}, prompt_len
-    for size in chunk_sizes(prompt_len):
-        smallest = size == min(chunk_sizes(prompt_len))
-        counts[size] = -(-left // size) if smallest else left // size
+    counts, left, sizes = {}, prompt_len, chunk_sizes(prompt_len)
+    for size in sizes:
+        counts[size] = -(-left // size) if size == min(sizes) else left // size
         left = max(0, left - size * counts[size])
     return counts
 
@@ -31,29 +34,33 @@ def prefill_seconds(
     *,
     batch: int,
     prompt_len: int,
-    kernels: dict[int, int],
+    kernels: Mapping[int, int],
     target: Target,
     assumed: Assumptions,
 ) -> tuple[float, float]:
-    """Modelled seconds, (fewest, most): an ideal pass over each chunk, at the shares assumed of XLA's products.
+    """Modelled seconds, fewest and most: an ideal pass over each chunk, at the shares assumed of XLA's products.
 
-    A pass multiplies all matrices but the embedding with the chunk's tokens, reads them and the cache before it once,
-    and attends to what is there.
+    A pass multiplies the layers' matrices with the chunk's tokens, reads them and the keys and values before it once,
+    and attends to what is there; the output head follows once a row.
     """
-    itemsize = 4 if dtype == "float32" else 2
-    matrices = weight_bytes(config, dtype) - config.vocab_size * config.embed_dim * itemsize
-    slot = slot_bytes(config, dtype)
-    bounds = [0.0, 0.0]
+    itemsize, matrices = jnp.dtype(dtype).itemsize, layer_matrices(config)
+    rate, reached = tensor_rate(target, dtype), assumed.dram_share * target.bandwidth * 1e9
+    work = [(0, batch * 2 * head_matrix(config), itemsize * head_matrix(config))]  # launches, operations, bytes
     start = 0
     for size, count in passes(prompt_len).items():
         for _ in range(count):
-            tokens, seen = batch * size, start + size
-            products = 2 * matrices / itemsize * tokens
-            attention = 4 * config.num_layers * config.num_heads * config.head_dim * tokens * seen
-            moved = matrices + batch * seen * slot
-            for index, share in enumerate(reversed(assumed.product_share)):
-                busy = (products + attention) / (share * target.tensor_tflops * 1e12)
-                read = moved / (share * assumed.dram_share * target.bandwidth * 1e9)
-                bounds[index] += max(busy, read) + kernels.get(size, 0) * assumed.kernel_gap + assumed.round_trip
+            tokens, slots = batch * size, seen(config, start + size)
+            operations = 2 * matrices * tokens + 4 * tokens * slots * config.num_heads * config.head_dim
+            moved = itemsize * (matrices + 2 * batch * slots * config.num_kv_heads * config.head_dim)
+            work.append((kernels.get(size, 0), operations, moved))
             start += size
-    return bounds[0], bounds[1]
+    fewest, most = (
+        sum(
+            max(operations / rate, moved / reached) / share
+            + launches * assumed.kernel_gap
+            + (assumed.round_trip if launches else 0.0)
+            for launches, operations, moved in work
+        )
+        for share in reversed(assumed.product_share)
+    )
+    return fewest, most

@@ -30,9 +30,9 @@ def show_cells(cells: Sequence[Cell], assumed: Assumptions, console: Console, *,
     def say(line: str) -> None:
         console.print(Text(line), soft_wrap=True)
 
-    for model, card in dict.fromkeys((cell.model, cell.card) for cell in cells):
-        mine = [cell for cell in cells if (cell.model, cell.card) == (model, card)]
-        say(f"{model} in {mine[0].dtype} on {card}, {mine[0].fit.memory / _GB:.1f} GB\n")
+    for head in dict.fromkeys(map(_head, cells)):
+        mine = [cell for cell in cells if _head(cell) == head]
+        say(f"{head}\n")
         table = Table(box=None, pad_edge=False)
         for name, justify in _COLUMNS.items():
             table.add_column(name, justify=justify, no_wrap=True)  # pyright: ignore
@@ -40,7 +40,7 @@ def show_cells(cells: Sequence[Cell], assumed: Assumptions, console: Console, *,
             table.add_row(*_row(cell), style=None if cell.fit.fits and not cell.error else "red")
         console.print(table, soft_wrap=True)
         say("")
-        for line in dict.fromkeys(line for cell in mine for line in notes(cell)):
+        for line in _all_notes(mine):
             say(f"- {line}")
         for cell in mine if kernels else ():
             say(f"\nThe step at batch {cell.batch}, context {cell.context}:")
@@ -50,42 +50,60 @@ def show_cells(cells: Sequence[Cell], assumed: Assumptions, console: Console, *,
     say(f"All times are modelled, none is measured. Assumed: {assumed.describe()}.")
 
 
+def _head(cell: Cell) -> str:
+    return f"{cell.model} in {cell.dtype} on {cell.card}, {cell.fit.memory_bytes / _GB:.1f} GB"
+
+
+def _all_notes(cells: Sequence[Cell]) -> Iterable[str]:
+    """Every cell's own notes under its batch and context; what holds for all of them once."""
+    structures = [line for cell in cells for line in _structure(cell)]
+    alike = len(set(structures)) == 1
+    for cell in cells:
+        for line in (*notes(cell), *(() if alike else _structure(cell))):
+            yield f"batch {cell.batch}, context {cell.context}: {line}"
+    if alike:
+        yield structures[0]
+
+
 def notes(cell: Cell) -> Iterable[str]:
     """What a reader of a cell's row should know, in sentences."""
-    where, fit, program = f"batch {cell.batch}, context {cell.context}:", cell.fit, cell.program
+    fit = cell.fit
     if not fit.fits:
-        least = "" if fit.temporaries is not None else "at least "
-        yield f"{where} does not fit, {least}{(fit.total - fit.memory) / _GB:.2f} GB too many"
+        least = "" if fit.temporary_bytes is not None else "at least "
+        yield f"does not fit, {least}{(fit.total_bytes - fit.memory_bytes) / _GB:.2f} GB too many"
     if cell.error:
-        yield f"{where} does not compile: {cell.error}"
+        yield f"does not compile: {cell.error}"
     elif cell.context > cell.max_position:
-        yield f"context {cell.context} is beyond the {cell.max_position} positions that the model was made for"
+        yield f"more tokens than the {cell.max_position} positions that the model was made for"
     if fit.memory_fraction and fit.fits:
-        yield f"{where} needs XLA_PYTHON_CLIENT_MEM_FRACTION={fit.memory_fraction:.2f}, as JAX takes 0.75 by itself"
-    for fault in cell.faults:
-        yield f"{where} {fault}"
+        yield f"needs XLA_PYTHON_CLIENT_MEM_FRACTION={fit.memory_fraction:.2f}, as JAX takes 0.75 by itself"
+    yield from cell.faults
+
+
+def _structure(cell: Cell) -> Iterable[str]:
+    program = cell.program
     if program is None:
         return
     whole = program.captured == program.kernels_per_token and program.graphs == 1
     graphs = "all" if whole else f"{program.captured} of {program.kernels_per_token}"
+    loops = f"; one pass of {program.inner_loops} loops inside the step is counted" if program.inner_loops else ""
     yield (
         f"{program.kernels_per_layer:g} kernels of ours a layer; {graphs} launches of a token in "
         f"{program.graphs} CUDA graph{'s' * (program.graphs != 1)}, the host waits "
-        + ("once" if program.round_trips == 1 else f"{program.round_trips} times")
+        f"{'once' if program.round_trips == 1 else f'{program.round_trips} times'}{loops}"
     )
-    if program.inner_loops:
-        yield f"{program.inner_loops} loops inside the step are counted as one pass each: it takes longer than modelled"
 
 
 def _row(cell: Cell) -> list[str]:
     fit, program, modelled = cell.fit, cell.program, cell.modelled
+    bound = "" if fit.temporary_bytes is not None else "≤ "
     row = [
         str(cell.batch),
         str(cell.context),
-        f"{'' if fit.temporaries is not None else '≥ '}{fit.total / _GB:.2f}",
+        f"{'' if fit.temporary_bytes is not None else '≥ '}{fit.total_bytes / _GB:.2f}",
         "yes" if fit.fits else "no",
-        str(fit.largest_batch),
-        str(fit.largest_context),
+        f"{bound}{fit.largest_batch}",
+        f"{bound}{fit.largest_context}",
     ]
     if program is None or modelled is None:
         return row
@@ -94,8 +112,8 @@ def _row(cell: Cell) -> list[str]:
         *row,
         str(program.kernels_per_token),
         _range(1e3 * fewest, 1e3 * most, 3),
-        _range(cell.batch / most, cell.batch / fewest, 1),
-        f"{'≤ ' if most > fewest else ''}{modelled.roofline_share:.0%}",
+        _range(*modelled.tokens_per_second, 1),
+        f"{'≤ ' if most > 1.001 * fewest else ''}{modelled.roofline_share:.0%}",
         modelled.binds,
         _range(1e3 * modelled.prefill_seconds[0], 1e3 * modelled.prefill_seconds[1], 0),
     ]
@@ -126,11 +144,11 @@ def _our_kernel(use: KernelUse) -> Iterable[str]:
     yield f"  {name}: {use.weight or 'keys and values'} [{shape}], {use.launches} times, grid {grid}"
     yield (
         f"    {use.registers} registers, {use.spill_bytes} bytes spilled, {use.shared_bytes:,} shared; "
-        f"{use.blocks_per_sm} blocks an SM, {use.waves:.2f} waves, {use.in_flight:,} bytes in flight an SM"
+        f"{use.blocks_per_sm} blocks an SM, {use.waves:.2f} waves, {use.in_flight_bytes:,} bytes in flight on an SM"
     )
     yield (
         f"    asks for {use.requested_bytes:,} bytes, at least {use.least_bytes:,}; "
         f"of activations {use.activation_bytes:,}"
     )
-    spent = ", ".join(f"{name} {1e6 * seconds:.1f}" for name, seconds in use.spent.items())
+    spent = ", ".join(f"{name} {1e6 * seconds:.1f}" for name, seconds in use.modelled_spent_seconds.items())
     yield f"    modelled {1e6 * use.modelled_seconds[0]:.1f} µs: {spent}"
