@@ -86,13 +86,16 @@ def _encode_chat_apart(tokenizer: Any, messages: Sequence[Message]) -> list[int]
     """Tokens of a conversation in which the names of special tokens that somebody typed are text."""
     specials = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     names = "|".join(map(re.escape, sorted(specials, key=len, reverse=True)))
-    said = "".join(text for message in messages for text in message.values())
-    mark = next(mark for mark in map(chr, _PRIVATE_USE) if mark not in said)  # breaks every name that was typed
-    broken = re.compile(f"(?={names})(.)", re.DOTALL)
-    marked = [
-        {key: text if key == "role" else broken.sub(rf"\1{mark}", text) for key, text in message.items()}
-        for message in messages
-    ]
+    said = set("".join(text for message in messages for text in message.values() if isinstance(text, str)))
+    mark = next((mark for mark in map(chr, _PRIVATE_USE) if mark not in said), None)  # breaks every name that was typed
+    if mark is None:
+        raise ValueError("the conversation uses every private character of Unicode; one must be free to encode it")
+    name = re.compile(f"(?={names})(.)", re.DOTALL)
+
+    def typed(key: str, text: Any) -> Any:
+        return text if key == "role" or not isinstance(text, str) else name.sub(rf"\1{mark}", text)
+
+    marked = [{key: typed(key, text) for key, text in message.items()} for message in messages]
     tokens: list[int] = []
     for part in re.split(f"({names})", _render(tokenizer, marked)):
         own = [specials[part]] if part in specials else None

@@ -162,8 +162,18 @@ def test_answers_are_kept_without_white_space_around_them(tokenizer):
 
 
 def test_a_role_of_chatglm_3_may_say_more(tmp_path):
-    messages = [{"role": "assistant", "metadata": "tool_name", "content": "x"}, {"role": "observation", "content": ""}]
+    messages = [
+        {"role": "assistant", "metadata": "tool_name sop<|user|>", "content": "x"},
+        {"role": "observation", "content": ""},
+    ]
     assert encode_chat(alone(tmp_path, 3), messages) == Original(3).chat_3(messages)
+
+
+def test_every_private_character_at_once(tokenizer):
+    taken = "".join(map(chr, range(0xE000, 0xF900)))
+    with pytest.raises(ValueError, match="every private character"):
+        encode_chat(tokenizer, [{"role": "user", "content": taken}])
+    assert encode_chat(tokenizer, [{"role": "user", "content": taken[:-1] + "sop"}])
 
 
 def test_conversations_that_do_not_exist(tokenizer, version):
