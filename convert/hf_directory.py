@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -55,12 +56,30 @@ def open_directory(path: Path) -> Source:
     for file in files:
         _add_tensors(path / file, tensors, problems)
     _check_index(files, tensors, problems)
+    write_tokenizer, generation = _tokenizer(path, config, generation, problems)
     return Source(
         path=path, kind="safetensors" if "safetensors" in chosen else "torch .bin", config=config,
         generation_config=generation, tensors=tensors, problems=problems,
         fingerprint=fingerprint([path / file for file in files], json.dumps(config), json.dumps(generation)),
-        write_tokenizer=lambda target: copy_tokenizer(path, target),
+        write_tokenizer=write_tokenizer,
     )  # fmt: skip
+
+
+def _tokenizer(
+    path: Path, config: dict[str, Any], generation: dict[str, Any], problems: list[str]
+) -> tuple[Callable[[Path], None], dict[str, Any]]:
+    """What writes the tokenizer's files, and the generation config with the tokens at which it is known to stop."""
+    if config.get("model_type") == "chatglm":
+        from convert.chatglm_tokenizer import open_chatglm_tokenizer
+
+        try:
+            tokenizer = open_chatglm_tokenizer(path, config)
+        except ConversionError as error:
+            problems += error.problems
+            tokenizer = None
+        if tokenizer is not None:
+            return tokenizer.write, tokenizer.with_stops(generation)
+    return lambda target: copy_tokenizer(path, target), generation
 
 
 def read_config(file: Path) -> tuple[ModelConfig, str]:
@@ -91,10 +110,14 @@ def read_json(path: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files, and nothing that could be code."""
+    """Copy the tokenizer's files, and nothing that is code or names some."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file() and _inside(source, source / name):
             shutil.copyfile(source / name, target / name)
+    config = target / "tokenizer_config.json"
+    if config.exists() and "auto_map" in (said := read_json(config, [])):
+        del said["auto_map"]
+        config.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _required_config(path: Path) -> dict[str, Any]:

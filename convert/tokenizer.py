@@ -119,15 +119,18 @@ def _byte_level(metadata: dict[str, Any]):
 
 
 def _sentencepiece(metadata: dict[str, Any]):
-    """Sentencepiece's BPE: the merge into the token of highest score comes first; bytes have tokens."""
+    tokens = metadata[f"{_PREFIX}tokens"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = merges_from_scores(vocab, metadata[f"{_PREFIX}scores"])
+    prefix = metadata.get(f"{_PREFIX}add_space_prefix", True)
+    return sentencepiece_bpe(vocab, merges, _special(metadata, "unknown"), prefix=prefix)
+
+
+def sentencepiece_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str | None, *, prefix: bool):
+    """Sentencepiece's BPE with byte tokens as a `tokenizers.Tokenizer`; `prefix` puts a space in front of a text."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    tokens, scores = metadata[f"{_PREFIX}tokens"], metadata[f"{_PREFIX}scores"]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    merges = _merges_from_scores(vocab, scores)
-    unknown = _special(metadata, "unknown")
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    prefix = metadata.get(f"{_PREFIX}add_space_prefix", True)
     spaces = normalizers.Replace(" ", _SPACE)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if prefix else spaces
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -135,7 +138,8 @@ def _sentencepiece(metadata: dict[str, Any]):
     return tokenizer
 
 
-def _merges_from_scores(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+def merges_from_scores(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+    """Every way to join two tokens of a vocabulary into a third; the highest score (by id) comes first."""
     ranked = []
     for token, index in vocab.items():
         for cut in range(1, len(token)):

@@ -31,6 +31,8 @@ LOGIT_TOLERANCE, LOGIT_SLOPE = 1e-3, 5e-5
 KL_TOLERANCE = 1e-5  # nats, at the worst position
 TOP_K, TOP_K_AGREEMENT = 10, 0.99  # mean share of the ten best ids that both sides name
 MAX_POSITIONS = 64  # per prompt whose logits are compared
+LONGEST = 2048  # positions of the longest sequence, or the model's fewer: the reference's scores grow with their square
+_ALONE = 512  # prompts longer than this do not share a batch, which would be as long as its longest
 
 _TEXTS = (
     "The",
@@ -105,6 +107,12 @@ class Report:
     def passed(self) -> bool:
         return not self.problems
 
+    def to_dict(self) -> dict[str, Any]:
+        """As a certificate records it."""
+        prompts = [dataclasses.asdict(row) | {"tolerance": row.tolerance} for row in self.results]
+        bounds = {"kl": KL_TOLERANCE, "top_agreement": TOP_K_AGREEMENT, "top_k": TOP_K}
+        return {"reference": self.reference, "weights_dtype": self.dtype, "bounds": bounds, "prompts": prompts}
+
     def __str__(self) -> str:
         lines = [
             f"compared with {self.reference}, float32 arithmetic, weights in {self.dtype}",
@@ -131,16 +139,19 @@ def verify_against_source(
     *,
     prompts: Sequence[Sequence[int]] | None = None,
     max_new_tokens: int = 64,
+    longest: int = LONGEST,
     attention: str = "eager",
     python: str | None = None,
 ) -> Report:
     """Compares logits and greedy tokens of a converted checkpoint with transformers + torch on its source.
 
-    The reference runs in its own process, one prompt at a time; ours runs all prompts in one ragged batch.
+    The reference runs in its own process, one prompt at a time; ours runs short prompts in one ragged batch.
 
     Args:
       source: what it was converted from: a Hugging Face directory, a GGUF file or a hub name.
-      prompts: token ids; None takes a few texts through the checkpoint's tokenizer, if any, else made-up ids.
+      prompts: token ids; None takes a few texts through the checkpoint's tokenizer, if any, else made-up ids, and
+        made-up ids up to the last position.
+      longest: last position at most, in place of the model's own.
       python: an interpreter with torch; None for `hf_reference.find_python`.
 
     Raises:
@@ -150,9 +161,8 @@ def verify_against_source(
     python = python or find_python()  # before anything slow
     with tempfile.TemporaryDirectory(prefix="jaxdecode-verify-") as folder:
         output = Path(folder) / "reference.npz"
-        job = reference_job(
-            checkpoint, source, output, prompts=prompts, max_new_tokens=max_new_tokens, attention=attention
-        )
+        options = {"prompts": prompts, "max_new_tokens": max_new_tokens, "longest": longest, "attention": attention}
+        job = reference_job(checkpoint, source, output, **options)
         run_reference([job], python=python)
         return judge(checkpoint, job)
 
@@ -164,19 +174,23 @@ def reference_job(
     *,
     prompts: Sequence[Sequence[int]] | None = None,
     max_new_tokens: int = 64,
+    longest: int = LONGEST,
     attention: str = "eager",
 ) -> dict[str, Any]:
     """What `run_reference` is to compute for `judge`; arguments as for `verify_against_source`."""
     dtypes = _dtypes(checkpoint)
-    chosen = prompts or _default_prompts(Path(checkpoint), max_new_tokens)
+    if prompts is None:
+        limit = _limit(checkpoint, longest)
+        max_new_tokens = min(max_new_tokens, limit // 2)
+        prompts = _default_prompts(Path(checkpoint), limit - max_new_tokens)
     return {
         "source": str(_local(source)),
         "output": str(output),
-        "prompts": [list(prompt) for prompt in chosen],
+        "prompts": [list(prompt) for prompt in prompts],
         "attention": attention,
         "max_new_tokens": max_new_tokens,
         "forward": "sequence",
-        "positions": [_spread(len(prompt) + max_new_tokens) for prompt in chosen],
+        "positions": [_spread(len(prompt) + max_new_tokens) for prompt in prompts],
         "top_k": TOP_K,
         "weights_dtype": dtypes[0] if len(dtypes) == 1 and dtypes != ["float32"] else None,
     }
@@ -193,7 +207,7 @@ def judge(checkpoint: str | Path, job: dict[str, Any]) -> Report:
     ours = _greedy(params, config, prompts, job["max_new_tokens"])
     with np.load(job["output"]) as reference:
         results = tuple(
-            _compare(params, config, prompt, where, _part(reference, index), ours, index)
+            _compare(params, config, prompt, where, _part(reference, index), ours[index])
             for index, (prompt, where) in enumerate(zip(prompts, positions, strict=True))
         )
         meta = json.loads(str(reference["meta"]))
@@ -223,28 +237,36 @@ _logits_at = jax.jit(_logits, static_argnames=("config",))
 
 
 def _greedy(params, config: ModelConfig, prompts: list[list[int]], max_new_tokens: int):
-    lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), lengths.max()), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    key = jax.random.key(0)
-    made = jit_generate(params, config, jnp.asarray(tokens), jnp.asarray(lengths), key, max_new_tokens=max_new_tokens)
-    return jax.device_get(made)
+    """(tokens, logprobs), each [max_new_tokens], of every prompt."""
+    groups = [[index] for index, prompt in enumerate(prompts) if len(prompt) > _ALONE]
+    made = {}
+    for group in [*groups, [index for index, prompt in enumerate(prompts) if len(prompt) <= _ALONE]]:
+        if not group:
+            continue
+        lengths = np.asarray([len(prompts[index]) for index in group], np.int32)
+        tokens = np.zeros((len(group), lengths.max()), np.int32)
+        for row, index in zip(tokens, group, strict=True):
+            row[: len(prompts[index])] = prompts[index]
+        key, arrays = jax.random.key(0), (jnp.asarray(tokens), jnp.asarray(lengths))
+        out = jax.device_get(jit_generate(params, config, *arrays, key, max_new_tokens=max_new_tokens))
+        made |= dict(zip(group, zip(out.tokens, out.logprobs, strict=True), strict=True))
+    return [made[index] for index in range(len(prompts))]
 
 
-def _compare(params, config, prompt, positions, theirs: dict[str, np.ndarray], ours, index: int) -> PromptResult:
+def _compare(params, config, prompt, positions, theirs: dict[str, np.ndarray], ours) -> PromptResult:
+    our_tokens, our_logprobs = ours
     sequence = [*prompt, *theirs["tokens"].tolist()]
     our_logits, logits = full_logits(params, config, sequence, positions), theirs["logits"]
     our_top = np.argpartition(our_logits, -TOP_K, axis=-1)[:, -TOP_K:]
     shared = [len(set(a) & set(b)) / TOP_K for a, b in zip(our_top.tolist(), theirs["top_ids"].tolist(), strict=True)]
     total = len(theirs["tokens"])
-    agree = ours.tokens[index] == theirs["tokens"]
+    agree = our_tokens == theirs["tokens"]
     equal = total if agree.all() else int(agree.argmin())
     gap = None
     if equal < total:
         best = np.sort(theirs["step_logits"][equal])[-2:]
         gap = float(best[1] - best[0])
-    drift = np.abs(ours.logprobs[index, :equal] - theirs["step_logprobs"][:equal])
+    drift = np.abs(our_logprobs[:equal] - theirs["step_logprobs"][:equal])
     return PromptResult(
         tokens=len(prompt), positions=len(positions), greedy_equal=equal, greedy_tokens=total, tie_gap=gap,
         logit_difference=float(np.abs(our_logits - logits).max()), largest_logit=float(np.abs(logits).max()),
@@ -279,18 +301,26 @@ def _dtypes(checkpoint: str | Path) -> list[str]:
     return sorted({row["dtype"] for row in load_manifest(checkpoint)["tensors"].values()})
 
 
-def _default_prompts(checkpoint: Path, max_new_tokens: int) -> list[list[int]]:
+def _limit(checkpoint: str | Path, longest: int) -> int:
+    """Positions that may be compared: those the model was trained for, `longest` at most."""
+    config, source = load_config(checkpoint), load_manifest(checkpoint)["source"]
+    limit = min(source.get("trained_positions", config.max_position), longest)
+    if limit < 2:
+        raise ValueError(f"a comparison needs at least 2 positions, a prompt's and a new token's; got {limit}")
+    return limit
+
+
+def _default_prompts(checkpoint: Path, room: int) -> list[list[int]]:
+    """Some short prompts, and one of `room` tokens."""
     from jaxdecode.tokenizer import encode_text, load_tokenizer
 
     config, folder = load_config(checkpoint), checkpoint / "tokenizer"
     tokenizer = load_tokenizer(folder) if any(folder.glob("*")) else None
-    made_up = np.random.RandomState(0).randint(config.vocab_size, size=300).tolist()
+    made_up = np.random.RandomState(0).randint(config.vocab_size, size=max(room, 300)).tolist()
     prompts = [made_up[:length] for length in (1, 7, 50, 300)]
     if tokenizer is not None:
         prompts = [*(encode_text(tokenizer, text) for text in _TEXTS), made_up[:50]]
-    trained = load_manifest(checkpoint)["source"].get("trained_positions", config.max_position)
-    room = max(trained - max_new_tokens, 1)
-    return [prompt[:room] for prompt in prompts]
+    return [prompt for prompt in prompts if len(prompt) < room] + [made_up[:room]]
 
 
 def _local(source: str | Path) -> Path:

@@ -5,6 +5,7 @@
     _CHECKPOINT_METADATA     Orbax's own
     weights/*.safetensors    one file per item (embed, layer_00000, …, norm, head), to be used in place
     tokenizer/               whatever `transformers.AutoTokenizer` reads; may be absent
+    verification.json        what `jaxdecode verify` found last; may be absent
 
 Orbax's JSON items are plain JSON files, read here without importing Orbax (1.4 s). The weights are
 safetensors, which Orbax reads too (`CheckpointLayout.SAFETENSORS`), because mapping them takes a fraction of the

@@ -55,7 +55,7 @@ class CheckpointWriter:
         self._config, self._source = config, source
         header = {
             "format_version": FORMAT_VERSION,
-            "version": _version(),
+            "version": package_version(),
             "config": config.to_dict(),
             "identity": identity,
         }
@@ -214,7 +214,7 @@ class CheckpointWriter:
             sizes[row["dtype"]] = sizes.get(row["dtype"], 0) + row["bytes"]
         return {
             "format_version": FORMAT_VERSION,
-            "jaxdecode_version": _version(),
+            "jaxdecode_version": package_version(),
             "dtype": max(sizes, key=lambda name: sizes[name]),
             "source": self._source,
             "total_bytes": sum(sizes.values()),
@@ -277,7 +277,7 @@ def _is_still(file: IO[Any], path: Path) -> bool:
         return False
 
 
-def _version() -> str:
+def package_version() -> str:
     try:
         return importlib.metadata.version("jaxdecode")
     except importlib.metadata.PackageNotFoundError:  # a source tree on PYTHONPATH

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,19 +14,30 @@ Message = Mapping[str, str]  # {"role": "user", "content": "…"}
 # How many tokens of the prompt are decoded together with the first new one: what a token looks like may
 # depend on its neighbours (a leading space, a character spread over several tokens).
 _CONTEXT = 6
+_PRIVATE_USE = range(0xE000, 0xF900)  # characters that mean nothing
 _PATIENCE = 16  # tokens after which bytes that still form no character are shown as they are
 
 
 def load_tokenizer(folder: Path) -> Any | None:
-    """The transformers tokenizer saved in a folder, None if nothing is there."""
+    """The transformers tokenizer saved in a folder, None if nothing is there.
+
+    Raises:
+      ValueError: it needs code of its own, which is never run.
+    """
     if not folder.is_dir() or not any(folder.iterdir()):
         return None
+    config = folder / "tokenizer_config.json"
+    if config.exists() and (code := json.loads(config.read_text(encoding="utf-8")).get("auto_map")):
+        raise ValueError(
+            f"{config} names code of its own ({code}), which jaxdecode never runs; convert the model again, which "
+            "writes a tokenizer that needs none"
+        )
     os.environ.setdefault(
         "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
     )  # "PyTorch was not found": it is not needed
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
@@ -44,15 +57,50 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Tokens of a conversation up to where the assistant answers.
 
+    Special tokens in a message are special tokens, unless the tokenizer says `split_special_tokens`: then they are
+    text, and only the template's own count.
+
     Raises:
-      ValueError: no messages, or the model has no chat template.
+      ValueError: no messages, the model has no chat template, or the template refuses the conversation.
     """
     if not messages or not any(message.get("content") for message in messages):
         raise ValueError("the prompt is empty; a chat needs at least one message with text")
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("this model has no chat template; continue plain text instead (chat=False, --raw)")
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    if getattr(tokenizer, "split_special_tokens", False):
+        return _encode_chat_apart(tokenizer, messages)
+    text = _render(tokenizer, messages)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote them already
+
+
+def _render(tokenizer: Any, messages: Sequence[Message]) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
+
+
+def _encode_chat_apart(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Tokens of a conversation in which the names of special tokens that somebody typed are text."""
+    specials = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    names = "|".join(map(re.escape, sorted(specials, key=len, reverse=True)))
+    said = set("".join(text for message in messages for text in message.values() if isinstance(text, str)))
+    mark = next((mark for mark in map(chr, _PRIVATE_USE) if mark not in said), None)  # breaks every name that was typed
+    if mark is None:
+        raise ValueError("the conversation uses every private character of Unicode; one must be free to encode it")
+    name = re.compile(f"(?={names})(.)", re.DOTALL)
+
+    def typed(key: str, text: Any) -> Any:
+        return text if key == "role" or not isinstance(text, str) else name.sub(rf"\1{mark}", text)
+
+    marked = [{key: typed(key, text) for key, text in message.items()} for message in messages]
+    tokens: list[int] = []
+    for part in re.split(f"({names})", _render(tokenizer, marked)):
+        own = [specials[part]] if part in specials else None
+        tokens += own or tokenizer(part.replace(mark, ""), add_special_tokens=False)["input_ids"]
+    return tokens
 
 
 class TextBuilder:

@@ -196,7 +196,7 @@ def test_wrong_usage_and_no_command(run):
     assert run("nonsense")[0] == 2
     code, out, err = run()
     assert code in (0, 2)
-    for command in ("convert", "export", "generate", "chat", "score", "env"):
+    for command in ("convert", "verify", "export", "generate", "chat", "score", "env"):
         assert command in out + err
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import numpy as np
 import pytest
 from golden_cases import load_converted, tiny_hf
+from perfect_reference import answers
 
 from convert import hf_reference, verify
-from jaxdecode.checkpoint import load_params
 
 NEW_TOKENS = 6
 
@@ -23,18 +22,7 @@ def answered(tmp_path_factory):
     checkpoint, source, output = folder / "converted", folder / "source", folder / "reference.npz"
     prompts = [[5, 6, 7], list(range(3, 40))]
     job = verify.reference_job(checkpoint, source, output, prompts=prompts, max_new_tokens=NEW_TOKENS)
-    params, config = load_params(checkpoint)
-    made, arrays = verify._greedy(params, config, prompts, NEW_TOKENS), {}
-    for index, prompt in enumerate(prompts):
-        tokens = made.tokens[index]
-        sequence = [*prompt, *tokens.tolist()]
-        logits = verify.full_logits(params, config, sequence, job["positions"][index])
-        steps = verify.full_logits(params, config, sequence, range(len(prompt) - 1, len(sequence) - 1))
-        top = np.argsort(-logits, axis=-1)[:, : verify.TOP_K]
-        arrays |= {f"tokens/{index}": tokens, f"step_logits/{index}": steps, f"logits/{index}": logits}
-        arrays |= {f"step_logprobs/{index}": made.logprobs[index], f"top_ids/{index}": top}
-    versions = {"transformers": "0", "torch": "0", "attention": "none"}
-    return checkpoint, job, arrays | {"meta": np.array(json.dumps(versions))}
+    return checkpoint, job, answers(checkpoint, job)
 
 
 def judged(answered, **changes) -> verify.Report:

@@ -18,6 +18,7 @@ from jaxdecode.cli.env import env
 from jaxdecode.cli.export import export
 from jaxdecode.cli.generate import generate
 from jaxdecode.cli.score import score
+from jaxdecode.cli.verify import verify
 
 app = typer.Typer(
     name="jaxdecode",
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (convert, export, generate, chat, score, check, env):
+for command in (convert, verify, export, generate, chat, score, check, env):
     app.command()(command)
 
 

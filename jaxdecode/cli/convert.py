@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jaxdecode.cli.progress import transfer
+from jaxdecode.cli.verify import find_reference, write_certificate
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +32,7 @@ def convert(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the plan, write nothing.")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Then compare logits and greedy tokens with transformers.")
+        bool, typer.Option("--verify", help="Then compare with transformers, as `jaxdecode verify` does.")
     ] = False,
 ) -> None:
     """Convert a model; the folder appears whole or not at all; an interrupted run continues when repeated."""
@@ -43,7 +44,7 @@ def convert(
 
     console = Console(highlight=False)
     if verify and not dry_run:
-        _find_reference()
+        find_reference("--verify: ")  # before converting
     with transfer(console, "converting") as advance:
         done = run(
             src,
@@ -62,7 +63,7 @@ def convert(
         console.print(f"Continued an interrupted run: {done.continued_items} weight files were there already.")
     console.print(f"Wrote {dst}", soft_wrap=True)
     if verify:
-        _verify(console, dst, src)
+        write_certificate(console, dst, src, f"{dst} was converted, but not compared: ")
 
 
 def _print_plan(console: Console, plan: Conversion) -> None:
@@ -89,27 +90,3 @@ def _size(count: int) -> str:
         if count >= scale:
             return f"{count / scale:.2f} {unit}"
     return f"{count} B"
-
-
-def _find_reference() -> None:
-    """Fail before converting if there is nothing to compare with afterwards."""
-    from convert.hf_reference import ReferenceUnavailable, find_python
-
-    try:
-        find_python()
-    except ReferenceUnavailable as error:
-        raise ValueError(f"--verify: {error}") from error
-
-
-def _verify(console: Console, dst: Path, src: str) -> None:
-    from convert.hf_reference import ReferenceUnavailable
-    from convert.verify import verify_against_source
-
-    try:
-        with console.status("Comparing with transformers …"):
-            report = verify_against_source(dst, src)
-    except ReferenceUnavailable as error:
-        raise ValueError(f"{dst} was converted, but not compared: {error}") from error
-    console.print(str(report), markup=False, soft_wrap=True)
-    if not report.passed:
-        raise typer.Exit(1)
