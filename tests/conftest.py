@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 
 import pytest
 
@@ -28,3 +30,23 @@ def as_users_call_it():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs `jaxdecode` with arguments, in process; returns exit code, stdout and stderr."""
+    from jaxdecode.cli import main
+
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["jaxdecode", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            code = main()
+        except SystemExit as exit:
+            code = exit.code
+        captured = capsys.readouterr()
+        return code or 0, captured.out, captured.err
+
+    return call

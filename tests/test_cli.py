@@ -1,6 +1,5 @@
 """The command line, in process, on a tiny checkpoint."""
 
-import io
 import json
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from tiny import tiny_model
 from tiny_tokenizer import byte_level_tokenizer
 
 import jaxdecode
-from jaxdecode.cli import main
 from jaxdecode.cli.chat import trim_history
 from jaxdecode.text import LanguageModel
 
@@ -26,24 +24,6 @@ def checkpoint(tmp_path_factory):
     tokenizer.save_pretrained(folder / "tokenizer")
     jaxdecode.save(folder / "model", params, config, tokenizer_dir=folder / "tokenizer")
     return folder / "model"
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command; returns exit code, stdout and stderr."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments, stdin=""):
-        monkeypatch.setattr(sys, "argv", ["jaxdecode", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        try:
-            code = main()
-        except SystemExit as exit:
-            code = exit.code
-        captured = capsys.readouterr()
-        return code or 0, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from jaxdecode.aot.check.fit import find_fit
 from jaxdecode.aot.check.least import slot_bytes, weight_bytes
 from jaxdecode.aot.check.prefill import passes
 from jaxdecode.aot.program import MemoryUse
-from jaxdecode.cli import main
 from jaxdecode.models.known import KNOWN, parameters
 from pallas_kernels.kernel_names import kernel_name, read_kernel_name
 from pallas_kernels.targets import find_target
@@ -29,23 +27,6 @@ TINY = dataclasses.replace(KNOWN["llama2-7b"], vocab_size=512, embed_dim=256, ml
                            num_kv_heads=2, head_dim=64, max_position=256)  # fmt: skip
 LLAMA_7B = KNOWN["llama2-7b"]
 A100 = find_target("a100-80gb")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs `jaxdecode check`; returns exit code, stdout and stderr."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["jaxdecode", "check", *map(str, arguments)])
-        try:
-            code = main()
-        except SystemExit as exit:
-            code = exit.code
-        captured = capsys.readouterr()
-        return code or 0, captured.out, captured.err
-
-    return call
 
 
 def test_kernel_names():
@@ -136,6 +117,14 @@ def test_a_cell_says_what_was_compiled():
 
 
 @needs_compiler
+def test_a_card_with_tma():
+    [cell] = check(TINY, gpus=["h100"], batches=[3], contexts=[160], workers=1)
+    assert cell.error is None and cell.faults == () and cell.program is not None
+    assert cell.program.kernels_per_layer == 5
+    assert sum(use.launches * use.least_bytes for use in cell.kernels) == cell.bytes_per_token
+
+
+@needs_compiler
 def test_windows_norms_and_other_families():
     windowed = tiny_cell(layer_windows=(None, 64, 64))
     attentions = [use for use in windowed.kernels if use.op == "decode_attention"]
@@ -181,7 +170,7 @@ def test_a_crash_is_the_error_of_its_own_cell(monkeypatch):
 
 def test_without_the_compiler_one_line_says_what_to_install(run, monkeypatch):
     monkeypatch.setattr(compiler, "missing_packages", lambda: ["jax-cuda12-plugin"])
-    code, out, err = run("llama2-7b", "--gpu", "a100-80gb")
+    code, out, err = run("check", "llama2-7b", "--gpu", "a100-80gb")
     assert (code, out) == (1, "")
     assert err.strip() == (
         'error: compiling for an NVIDIA card needs jax-cuda12-plugin: pip install "jaxdecode[check]"'
@@ -201,15 +190,15 @@ def test_without_the_compiler_one_line_says_what_to_install(run, monkeypatch):
     ],
 )
 def test_bad_input(run, arguments, message):
-    code, out, err = run(*arguments)
+    code, out, err = run("check", *arguments)
     assert (code, out) == (1, "") and message in " ".join(err.split())
 
 
 def test_learned_positions_are_refused_or_extended(run):
-    code, out, _ = run("opt-6.7b", "--gpu", "rtx3090", "--context", "4k", "--batch", "8", "--json")
+    code, out, _ = run("check", "opt-6.7b", "--gpu", "rtx3090", "--context", "4k", "--batch", "8", "--json")
     assert code == 1 and not json.loads(out)["cells"][0]["fit"]["fits"]
     assert "has 2048 learned positions; 4096 were asked for (--extend" in json.loads(out)["cells"][0]["error"]
-    code, out, _ = run("opt-6.7b", "--gpu", "rtx3090", "--context", "4k", "--batch", "8", "--extend-positions")
+    code, out, _ = run("check", "opt-6.7b", "--gpu", "rtx3090", "--context", "4k", "--batch", "8", "--extend-positions")
     assert code == 0 and "opt-6.7b with 4096 positions" in out and "does not fit, at least" in out
 
 
@@ -221,35 +210,37 @@ def test_the_command(run, tmp_path):
     card.write_text('like = "rtx3090"\nname = "half a 3090"\nbandwidth = 468')
     picture = tmp_path / "roof.png"
     whole = ["--gpu", str(card), "--gpu", "L4", "--batch", "1,2", "--context", "64", "--dtype", "bfloat16"]
-    code, out, err = run(tmp_path / "mine", *whole, "--plot", picture)
+    code, out, err = run("check", tmp_path / "mine", *whole, "--plot", picture)
     assert code == 0, err
     for part in ("mine in bfloat16 on half a 3090", "on l4, 23.6 GB", "All times are modelled, none is measured"):
         assert part in out
     assert "compiling: 4 of 4" in err and picture.read_bytes().startswith(b"\x89PNG")
-    code, out, _ = run(tmp_path / "mine", *whole, "--json", "--strict")
+    code, out, _ = run("check", tmp_path / "mine", *whole, "--json", "--strict")
     answer = json.loads(out)
     assert [(c["card"], c["batch"]) for c in answer["cells"]] == [
         ("half a 3090", 1), ("half a 3090", 2), ("l4", 1), ("l4", 2),
     ]  # fmt: skip
     assert "jaxlib" in answer["versions"] and answer["assumed"]["dram_share"] == 0.92
-    assert "takes the name of a .png file" in run(tmp_path / "mine", *whole, "--plot", tmp_path / "no" / "x.png")[2]
+    _, _, err = run("check", tmp_path / "mine", *whole, "--plot", tmp_path / "no" / "x.png")
+    assert "takes the name of a .png file" in err
 
 
 def test_a_config_json_is_enough(run, tmp_path, monkeypatch):
     fields = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
               "num_hidden_layers": 32, "num_attention_heads": 32, "torch_dtype": "bfloat16"}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    code, out, _ = run(tmp_path / "config.json", "--gpu", "rtx3090", "--batch", "64", "--context", "8k", "--json")
+    large = ["--gpu", "rtx3090", "--batch", "64", "--context", "8k"]
+    code, out, _ = run("check", tmp_path / "config.json", *large, "--json")
     [cell] = json.loads(out)["cells"]
     assert code == 0 and cell["dtype"] == "bfloat16" and not cell["fit"]["fits"]
     assert cell["fit"]["weight_bytes"] == 2 * 6_738_415_616
     folder = tmp_path / "Qwen2.5-0.5B"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields))
-    _, out, _ = run(folder, "--gpu", "rtx3090", "--batch", "64", "--context", "8k")
+    _, out, _ = run("check", folder, *large)
     assert "Qwen2.5-0.5B in bfloat16 on rtx3090" in out
     (tmp_path / "config.json").write_text("{")
-    assert "is not readable JSON" in run(tmp_path / "config.json", "--gpu", "l4")[2]
+    assert "is not readable JSON" in run("check", tmp_path / "config.json", "--gpu", "l4")[2]
 
 
 @needs_compiler

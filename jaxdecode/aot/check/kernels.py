@@ -150,8 +150,10 @@ class Step:
 
     def _attention_work(self, launches: Launches, blocks: Mapping[str, int]) -> tuple[str, tuple[int, ...], Work]:
         """One block for a split of the slots of a row's KV head; a grid of splits, KV heads and rows."""
-        config, kernel, keys = self.config, launches.kernel, launches.thunk.argument("operand_1")
-        assert kernel is not None
+        config, kernel = self.config, launches.kernel
+        # among the buffers: from sm_90 on the kernel's own parameters are descriptors
+        keys = next(buffer.slice for buffer in launches.thunk.buffers if buffer.name == "operand_1")
+        assert kernel is not None and keys is not None
         itemsize = _ITEMSIZE[keys.dtype]
         traffic, busy = attention_traffic(
             [self.context] * self.batch,
