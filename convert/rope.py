@@ -10,25 +10,27 @@ from convert.family import Fields
 from jaxdecode.config import ModelConfig, RopeConfig, RopeKind
 
 
-def parse_rope(config: Mapping[str, Any], max_position: int, problems: list[str]) -> RopeConfig:
+def parse_rope(fields: Fields, max_position: int, head_dim: int, partial: float | None) -> RopeConfig:
     """Read `rope_parameters`, or the older `rope_theta` and `rope_scaling`, as transformers resolves them.
 
     What cannot be read becomes a problem and the default comes back.
+
+    Args:
+      partial: `Family.partial_rotary`.
     """
     found: list[str] = []
+    config, problems = fields.config, fields.problems
     parameters = _parameters(config, found)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind not in get_args(RopeKind):
         found.append(
             f"config.json: rope_type {kind!r:.80} is not supported; supported are {', '.join(get_args(RopeKind))}"
         )
-    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        found.append(f"config.json: partial_rotary_factor {partial!r:.80} is not supported; it must be 1 or absent")
-    fields = Fields({"rope_theta": config.get("rope_theta"), **parameters}, {"rope_theta": 10000.0}, found)
-    values = {"theta": fields.number("rope_theta"), "kind": kind}
+    beside = {name: config.get(fields.key(name) or name) for name in ("rope_theta", "partial_rotary_factor")}
+    own = Fields({**beside, **parameters}, {"rope_theta": 10000.0, "partial_rotary_factor": partial}, found)
+    values = {"theta": own.number("rope_theta"), "kind": kind, "rotary_dim": _rotary_dim(own, head_dim, partial)}
     if not found:
-        values |= _KINDS[kind](fields, config, max_position)
+        values |= _KINDS[kind](own, config, max_position)
     problems += found
     return RopeConfig() if found else RopeConfig(**values)
 
@@ -52,6 +54,28 @@ def _same_for_all_layers(key: str, value: dict[str, Any], problems: list[str]) -
         problems.append(f"config.json: {key} differs between layer types, which is not supported")
         return {}
     return {name: inner for name, inner in nested[0].items() if inner is not None}
+
+
+def _rotary_dim(fields: Fields, head_dim: int, partial: float | None) -> int | None:
+    """How many dimensions of a head turn, None for all."""
+    said = fields.get("partial_rotary_factor")
+    if said in (None, 1):
+        return None
+    if partial is None:
+        fields.problems.append(
+            f"config.json: partial_rotary_factor {said!r:.80} is not supported; it must be 1 or absent"
+        )
+        return None
+    turned = int(head_dim * fields.number("partial_rotary_factor"))
+    return None if turned == head_dim else turned
+
+
+def partial_to_hf(config: ModelConfig) -> float:
+    """The share of a head that turns, such that `int(head_dim * share)` is the number of dimensions that do."""
+    assert config.rope is not None  # rope_to_hf has refused that
+    turned = config.rope.turned(config.head_dim)
+    share = turned / config.head_dim
+    return share if int(config.head_dim * share) == turned else math.nextafter(share, 2)
 
 
 def _linear(fields: Fields, config: Mapping[str, Any], max_position: int) -> dict[str, Any]:

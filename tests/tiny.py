@@ -12,6 +12,7 @@ OPT = dict(
 )  # fmt: skip
 OPT_350M = OPT | dict(post_norm=True, final_norm=False, token_dim=16)
 CHATGLM = dict(model_type="chatglm", qkv_bias=True, num_kv_heads=1, rope=RopeConfig(rotary_dim=4))
+GLM = CHATGLM | dict(model_type="glm")
 FAMILIES = {"opt": OPT, "opt-350m": OPT_350M, "chatglm": CHATGLM}
 
 

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxdecode.config import ModelConfig
 from jaxdecode.models.chatglm import ChatGLM
 from jaxdecode.models.decoder import Decoder, Params, bind, params_of, project
+from jaxdecode.models.glm import GLM
 from jaxdecode.models.llama import Llama
 from jaxdecode.models.mistral import Mistral
 from jaxdecode.models.opt import OPT
@@ -34,6 +35,7 @@ __all__ = [
 
 MODELS: dict[str, type[Decoder]] = {
     "chatglm": ChatGLM,
+    "glm": GLM,
     "llama": Llama,
     "mistral": Mistral,
     "opt": OPT,

@@ -91,6 +91,19 @@ def test_a_chatglm_keeps_pairs_half_a_rotation_apart(tmp_path):
         np.testing.assert_array_equal(view, theirs[order])
 
 
+def test_a_glm_keeps_pairs_half_a_rotation_apart_too(tmp_path):
+    config = tiny_hf.CASES["glm"]  # the heads of the ChatGLM, each tensor by itself
+    weights = tiny_hf.hf_weights(config)
+    convert(made.write_directory(tmp_path / "hf", config), tmp_path / "ours")
+    head = [0, 2, 4, 6, 1, 3, 5, 7, *range(8, 16)]
+    for part in ("weight", "bias"):
+        names = [f"model.layers.1.self_attn.{name}_proj.{part}" for name in "qkv"]
+        turned = [weights[name][[16 * index + row for index in range(heads) for row in head]]
+                  for name, heads in zip(names, (4, 2), strict=False)]  # fmt: skip
+        view = checkpoint.tensor_views(tmp_path / "ours")[f"layers.1.attention.qkv.{part}"]
+        np.testing.assert_array_equal(view, np.concatenate([*turned, weights[names[2]]]))
+
+
 def test_what_no_chatglm_may_say_is_said_at_once(tmp_path):
     said = {
         "quantization_bit": 4, "rmsnorm": False, "apply_residual_connection_post_layernorm": True,

@@ -129,6 +129,11 @@ def test_windows(name):
         ("chatglm", {"rope_ratio": 50, "_name_or_path": "THUDM/chatglm3-6b-32k"},
          {"rope": RopeConfig(theta=500_000.0, rotary_dim=8)}),
         ("chatglm", {"post_layer_norm": False, "add_bias_linear": True}, {"final_norm": False, "out_bias": True}),
+        ("glm", {}, {"rope": RopeConfig(rotary_dim=8), "qkv_bias": True, "out_bias": False}),
+        ("glm", {"partial_rotary_factor": ..., "attention_bias": ...}, {"rope": RopeConfig(rotary_dim=8),
+                                                                        "qkv_bias": True}),
+        ("glm", {"partial_rotary_factor": 1.0}, {"rope": RopeConfig()}),
+        ("glm_bare", {}, {"rope": RopeConfig(kind="linear", factor=3.0, theta=100.0), "qkv_bias": False}),
         ("chatglm", {"layernorm_epsilon": ..., "kv_channels": ...}, {"norm_eps": 1e-5, "head_dim": 128}),
     ],
 )
@@ -136,6 +141,14 @@ def test_fields(case, changes, expected):
     said = {key: value for key, value in (tiny_hf.CASES[case] | changes).items() if value is not ...}
     config = parse_config(said, {})
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192])
+def test_any_even_part_of_a_head_may_turn(head_dim):
+    for turned in range(2, head_dim + 1, 2):
+        config = parse_config(tiny_hf.CASES["glm"] | {"head_dim": head_dim}, {})
+        config = dataclasses.replace(config, rope=RopeConfig(rotary_dim=turned if turned < head_dim else None))
+        assert parse_config(to_hf_config(config, "float32"), {}) == config
 
 
 def test_eos_tokens_of_both_files():

@@ -43,6 +43,7 @@ DIFFERENT = [
     ("opt", "opt_350m"),
     ("opt", "opt_bare"),
     ("chatglm", "chatglm_ratio"),
+    ("glm", "glm_bare"),
 ]
 # Rules that must not matter: the same numbers under another name.
 EQUAL = [

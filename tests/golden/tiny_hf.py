@@ -22,6 +22,7 @@ _ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "glm": "GlmForCausalLM",
 }
 _COMMON = {
     "num_attention_heads": 4,
@@ -101,6 +102,11 @@ def _case(model_type: str, **changes) -> dict:
     return config | changes
 
 
+def _small(model_type: str, **changes) -> dict:
+    # Golden files of the later families are to be small.
+    return _case(model_type, **_COMMON | {"vocab_size": 48, "intermediate_size": 40} | changes)
+
+
 def _llama_rope(max_position: int = 64, **scaling) -> dict:
     # A small base and eight pairs: 19 positions tell the variants apart.
     rope = {"rope_theta": 100.0, "rope_scaling": scaling or None}
@@ -167,6 +173,15 @@ CASES: dict[str, dict] = {
     "opt_bare": _opt(enable_bias=False, _remove_final_layer_norm=True, tie_word_embeddings=False),
     "chatglm": _chatglm(),
     "chatglm_ratio": _chatglm(rope_ratio=0.01, kv_channels=24, multi_query_group_num=1),
+    "glm": _small("glm", head_dim=16, attention_bias=True, partial_rotary_factor=0.5),
+    "glm_bare": _small(
+        "glm",
+        head_dim=12,
+        attention_bias=False,
+        rope_theta=None,
+        rope_parameters={"rope_type": "linear", "factor": 3.0, "rope_theta": 100.0, "partial_rotary_factor": 1.0},
+        tie_word_embeddings=True,
+    ),
 }
 for _config in CASES.values():
     if _config.get("rope_theta", 1) is None:
@@ -239,6 +254,8 @@ def _llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     qkv_bias = kind == "qwen2" or config.get("attention_bias", False)
     out_bias = kind != "qwen2" and config.get("attention_bias", False)
     mlp_bias = config.get("mlp_bias", False)
+    if kind == "glm":
+        qkv_bias, out_bias = config["attention_bias"], False
     linears = {
         "self_attn.q_proj": (heads * head_dim, hidden, qkv_bias),
         "self_attn.k_proj": (kv_heads * head_dim, hidden, qkv_bias),
@@ -248,6 +265,9 @@ def _llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (mlp, hidden, mlp_bias),
         "mlp.down_proj": (hidden, mlp, mlp_bias),
     }
+    if kind == "glm":
+        del linears["mlp.gate_proj"], linears["mlp.up_proj"]
+        linears["mlp.gate_up_proj"] = (2 * mlp, hidden, False)
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         for name, (out, inner, bias) in linears.items():
