@@ -29,6 +29,12 @@ def pairs_side_by_side(config: ModelConfig) -> np.ndarray:
     return np.where(rows < turned, order, rows)
 
 
+def head_by_head(config: ModelConfig) -> np.ndarray:
+    """Rows of queries, keys and values where each head's three stand together in the file."""
+    rows = np.arange(3 * config.num_heads * config.head_dim).reshape(config.num_heads, 3, config.head_dim)
+    return rows.swapaxes(0, 1).reshape(-1)
+
+
 def reordered(tensor: SourceTensor, order: np.ndarray) -> SourceTensor:
     """The tensor whose row i is row order[i]; rows that are neighbours there are read in one piece."""
 

@@ -80,6 +80,7 @@ class ModelConfig:
       max_position: longest context the positions were made for, in tokens.
       norm: "rms", or "layer" with a mean taken off and a bias.
       post_norm: each half of a layer norms its result with the residual in it, rather than its input.
+      parallel: both halves of a layer read what the layer was given, rather than the second the first's result.
       final_norm: whether a norm stands before the output head.
       gated_mlp: down(activation(gate(x)) * up(x)), else down(activation(up(x))).
       rope: rotary positions; None for a learned table, one row a position.
@@ -104,6 +105,7 @@ class ModelConfig:
     activation: Activation = "silu"
     norm: NormKind = "rms"
     post_norm: bool = False
+    parallel: bool = False
     final_norm: bool = True
     gated_mlp: bool = True
     tied_embeddings: bool = False
@@ -143,6 +145,8 @@ class ModelConfig:
             raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}; got {self.activation!r}")
         if self.norm not in get_args(NormKind):
             raise ValueError(f"norm must be one of {', '.join(get_args(NormKind))}; got {self.norm!r}")
+        if self.post_norm and self.parallel:
+            raise ValueError("post_norm and parallel exclude each other; got both")
         for name in ("layer_windows", "unified_max"):
             if (given := getattr(self, name)) and len(given) != self.num_layers:
                 raise ValueError(f"{name} must name {self.num_layers} layers; got {len(given)}")

@@ -115,11 +115,13 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps, dtype=dtype) if config.qk_norm else None
 
-    def __call__(self, x: Array, norm: Norm | None, attend: Attend, kernels: Kernels) -> Array:
-        """x + attention(norm(x))."""
+    def __call__(
+        self, x: Array, norm: Norm | None, attend: Attend, kernels: Kernels, *, residual: Array | None
+    ) -> Array:
+        """attention(norm(x)) + residual."""
         head_norms = (None if part is None else part.operand for part in (self.q_norm, self.k_norm))
         out = attend(x, Projection(norm, *self.qkv.operands, *head_norms))
-        return linear(out, *self.out.operands, residual=x, **kernels.options)
+        return linear(out, *self.out.operands, residual=residual, **kernels.options)
 
 
 class GatedMLP(nnx.Module):
@@ -131,10 +133,10 @@ class GatedMLP(nnx.Module):
         self.down = Linear(mlp_dim, embed_dim, bias=bias, dtype=dtype, rngs=rngs)
         self.activation = config.activation
 
-    def __call__(self, x: Array, norm: Norm | None, kernels: Kernels) -> Array:
-        """x + mlp(norm(x))."""
+    def __call__(self, x: Array, norm: Norm | None, kernels: Kernels, *, residual: Array | None) -> Array:
+        """mlp(norm(x)) + residual."""
         hidden = gated_linear(x, *self.gate_up.operands, norm=norm, activation=self.activation, **kernels.options)
-        return linear(hidden, *self.down.operands, residual=x, **kernels.options)
+        return linear(hidden, *self.down.operands, residual=residual, **kernels.options)
 
 
 class MLP(nnx.Module):
@@ -146,14 +148,17 @@ class MLP(nnx.Module):
         self.down = Linear(mlp_dim, embed_dim, bias=bias, dtype=dtype, rngs=rngs)
         self.activation = config.activation
 
-    def __call__(self, x: Array, norm: Norm | None, kernels: Kernels) -> Array:
-        """x + mlp(norm(x))."""
+    def __call__(self, x: Array, norm: Norm | None, kernels: Kernels, *, residual: Array | None) -> Array:
+        """mlp(norm(x)) + residual."""
         hidden = linear(x, *self.up.operands, norm=norm, activation=self.activation, **kernels.options)
-        return linear(hidden, *self.down.operands, residual=x, **kernels.options)
+        return linear(hidden, *self.down.operands, residual=residual, **kernels.options)
 
 
 class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); or norm(x + attention(x)), then norm(x + mlp(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    With `post_norm` norm(x + attention(x)), then norm(x + mlp(x)); `parallel`, x + attention(norm(x)) + mlp(norm(x)).
+    """
 
     def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
         norm = NORMS[config.norm]
@@ -161,15 +166,15 @@ class DecoderLayer(nnx.Module):
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
         self.mlp_norm = norm(config.embed_dim, config.norm_eps, dtype=dtype)
         self.mlp = (GatedMLP if config.gated_mlp else MLP)(config, dtype=dtype, rngs=rngs)
-        self.post_norm = config.post_norm
+        self.post_norm, self.parallel = config.post_norm, config.parallel
 
     def __call__(self, x: Array, attend: Attend, kernels: Kernels) -> Array:
         """Runs the layer on x [..., embed_dim]; the leading axes are whatever `attend` understands."""
         if self.post_norm:
-            x = self.attention_norm(self.attention(x, None, attend, kernels))
-            return self.mlp_norm(self.mlp(x, None, kernels))
-        x = self.attention(x, self.attention_norm.operand, attend, kernels)
-        return self.mlp(x, self.mlp_norm.operand, kernels)
+            x = self.attention_norm(self.attention(x, None, attend, kernels, residual=x))
+            return self.mlp_norm(self.mlp(x, None, kernels, residual=x))
+        attended = self.attention(x, self.attention_norm.operand, attend, kernels, residual=x)
+        return self.mlp(x if self.parallel else attended, self.mlp_norm.operand, kernels, residual=attended)
 
 
 def _scaled_normal(rngs: nnx.Rngs, shape: tuple[int, int], dtype) -> Array:

@@ -13,7 +13,11 @@ OPT = dict(
 OPT_350M = OPT | dict(post_norm=True, final_norm=False, token_dim=16)
 CHATGLM = dict(model_type="chatglm", qkv_bias=True, num_kv_heads=1, rope=RopeConfig(rotary_dim=4))
 GLM = CHATGLM | dict(model_type="glm")
-FAMILIES = {"opt": OPT, "opt-350m": OPT_350M, "chatglm": CHATGLM}
+GPT_NEOX = dict(
+    model_type="gpt_neox", norm="layer", parallel=True, gated_mlp=False, activation="gelu", qkv_bias=True,
+    out_bias=True, mlp_bias=True, num_kv_heads=4, rope=RopeConfig(rotary_dim=4),
+)  # fmt: skip
+FAMILIES = {"opt": OPT, "opt-350m": OPT_350M, "chatglm": CHATGLM, "gpt-neox": GPT_NEOX}
 
 
 def tiny_config(**changes) -> ModelConfig:

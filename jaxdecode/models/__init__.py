@@ -15,6 +15,7 @@ from jaxdecode.config import ModelConfig
 from jaxdecode.models.chatglm import ChatGLM
 from jaxdecode.models.decoder import Decoder, Params, bind, params_of, project
 from jaxdecode.models.glm import GLM
+from jaxdecode.models.gpt_neox import GPTNeoX
 from jaxdecode.models.llama import Llama
 from jaxdecode.models.mistral import Mistral
 from jaxdecode.models.opt import OPT
@@ -36,6 +37,7 @@ __all__ = [
 MODELS: dict[str, type[Decoder]] = {
     "chatglm": ChatGLM,
     "glm": GLM,
+    "gpt_neox": GPTNeoX,
     "llama": Llama,
     "mistral": Mistral,
     "opt": OPT,

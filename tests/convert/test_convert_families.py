@@ -104,6 +104,32 @@ def test_a_glm_keeps_pairs_half_a_rotation_apart_too(tmp_path):
         np.testing.assert_array_equal(view, np.concatenate([*turned, weights[names[2]]]))
 
 
+def test_a_gpt_neox_keeps_queries_keys_and_values_apart(tmp_path):
+    """Two heads of 12: each head's query, key and value stand together in the file."""
+    config = tiny_hf.CASES["gpt_neox"]
+    weights = tiny_hf.hf_weights(config)
+    convert(made.write_directory(tmp_path / "hf", config), tmp_path / "ours")
+    order = [36 * head + 12 * part + row for part in range(3) for head in range(2) for row in range(12)]
+    for part in ("weight", "bias"):
+        view = checkpoint.tensor_views(tmp_path / "ours")[f"layers.1.attention.qkv.{part}"]
+        theirs = weights[f"gpt_neox.layers.1.attention.query_key_value.{part}"]
+        np.testing.assert_array_equal(view, theirs[order])
+
+
+def test_what_older_gpt_neox_files_say_is_no_trouble(tmp_path):
+    """Masks and frequencies beside the weights, and the head's other name."""
+    config = tiny_hf.CASES["gpt_neox"]
+    weights = tiny_hf.hf_weights(config)
+    convert(made.write_directory(tmp_path / "plain", config), tmp_path / "a")
+    older = {("lm_head.weight" if name == "embed_out.weight" else name): array for name, array in weights.items()}
+    for layer in range(2):
+        older[f"gpt_neox.layers.{layer}.attention.bias"] = np.ones((1, 1, 4, 4), bool)
+        older[f"gpt_neox.layers.{layer}.attention.masked_bias"] = np.float32([-1e9]).reshape(())
+        older[f"gpt_neox.layers.{layer}.attention.rotary_emb.inv_freq"] = np.ones(3, np.float32)
+    convert(made.write_directory(tmp_path / "older", config, older), tmp_path / "b")
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+
+
 def test_what_no_chatglm_may_say_is_said_at_once(tmp_path):
     said = {
         "quantization_bit": 4, "rmsnorm": False, "apply_residual_connection_post_layernorm": True,

@@ -44,6 +44,8 @@ DIFFERENT = [
     ("opt", "opt_bare"),
     ("chatglm", "chatglm_ratio"),
     ("glm", "glm_bare"),
+    ("gpt_neox", "gpt_neox_sequential"),
+    ("gpt_neox", "gpt_neox_bare"),
 ]
 # Rules that must not matter: the same numbers under another name.
 EQUAL = [

@@ -102,6 +102,26 @@ def _case(model_type: str, **changes) -> dict:
     return config | changes
 
 
+def _gpt_neox(**changes) -> dict:
+    config = {
+        "model_type": "gpt_neox",
+        "architectures": ["GPTNeoXForCausalLM"],
+        "vocab_size": 48,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 73,
+        "layer_norm_eps": 1e-5,
+        "hidden_act": "gelu",
+        "rotary_pct": 0.5,
+        "rotary_emb_base": 10000,
+        "use_parallel_residual": True,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+    }
+    return _COMMON | config | changes
+
+
 def _small(model_type: str, **changes) -> dict:
     # Golden files of the later families are to be small.
     return _case(model_type, **_COMMON | {"vocab_size": 48, "intermediate_size": 40} | changes)
@@ -182,6 +202,9 @@ CASES: dict[str, dict] = {
         rope_parameters={"rope_type": "linear", "factor": 3.0, "rope_theta": 100.0, "partial_rotary_factor": 1.0},
         tie_word_embeddings=True,
     ),
+    "gpt_neox": _gpt_neox(),
+    "gpt_neox_sequential": _gpt_neox(use_parallel_residual=False, hidden_act="gelu_pytorch_tanh", rotary_emb_base=100),
+    "gpt_neox_bare": _gpt_neox(attention_bias=False, num_attention_heads=3, rotary_pct=0.25, tie_word_embeddings=True),
 }
 for _config in CASES.values():
     if _config.get("rope_theta", 1) is None:
@@ -194,7 +217,7 @@ def vocab_size(config: dict) -> int:
 
 def weight_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """Every weight of a case by its Hugging Face name, [out, in]."""
-    own = {"opt": _opt_shapes, "chatglm": _chatglm_shapes}.get(config["model_type"])
+    own = {"opt": _opt_shapes, "chatglm": _chatglm_shapes, "gpt_neox": _gpt_neox_shapes}.get(config["model_type"])
     return own(config) if own else _llama_shapes(config)
 
 
@@ -242,6 +265,26 @@ def _chatglm_shapes(config: dict) -> dict[str, tuple[int, ...]]:
             f"{prefix}mlp.dense_4h_to_h.weight": (hidden, mlp),
         }
     return shapes
+
+
+def _gpt_neox_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    hidden, mlp, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    shapes, norms = {"gpt_neox.embed_in.weight": (vocab, hidden)}, ["gpt_neox.final_layer_norm"]
+    linears = {
+        "attention.query_key_value": (3 * hidden, hidden, config["attention_bias"]),
+        "attention.dense": (hidden, hidden, config["attention_bias"]),
+        "mlp.dense_h_to_4h": (mlp, hidden, True),
+        "mlp.dense_4h_to_h": (hidden, mlp, True),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"gpt_neox.layers.{layer}."
+        for name, (out, inner, bias) in linears.items():
+            shapes[f"{prefix}{name}.weight"] = (out, inner)
+            if bias:
+                shapes[f"{prefix}{name}.bias"] = (out,)
+        norms += [prefix + norm for norm in ("input_layernorm", "post_attention_layernorm")]
+    shapes |= {f"{norm}.{part}": (hidden,) for norm in norms for part in ("weight", "bias")}
+    return shapes if config["tie_word_embeddings"] else shapes | {"embed_out.weight": (vocab, hidden)}
 
 
 def _llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
@@ -292,7 +335,7 @@ def _weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
         values = 0.5 * normal
     elif len(shape) == 1:
         values = 1 + 0.3 * normal
-    elif "embed" in name:
+    elif "embed" in name and "embed_out" not in name:
         values = normal
     else:
         # Queries and keys are made large, so that attention is sharp and a wrong position shows.

@@ -12,7 +12,7 @@ import pytest
 from jaxdecode.config import ModelConfig, RopeConfig, UnifiedMax
 from jaxdecode.generation import jit_generate, stream
 from jaxdecode.models import init_params
-from tests.tiny import CHATGLM, GLM, OPT, OPT_350M, lively_params
+from tests.tiny import CHATGLM, GLM, GPT_NEOX, OPT, OPT_350M, lively_params
 
 LLAMA = ModelConfig(
     model_type="llama", vocab_size=256, embed_dim=128, mlp_dim=192, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -27,6 +27,8 @@ CONFIGS = {
     "opt": dataclasses.replace(LLAMA, **OPT),
     "opt-350m": dataclasses.replace(LLAMA, **OPT_350M | {"token_dim": 64}),
     "chatglm": dataclasses.replace(LLAMA, **CHATGLM | {"head_dim": 128, "rope": RopeConfig(rotary_dim=64)}),
+    "gpt-neox": dataclasses.replace(LLAMA, **GPT_NEOX | {"head_dim": 128, "rope": RopeConfig(rotary_dim=64)}),
+    "pythia": dataclasses.replace(LLAMA, **GPT_NEOX | {"rope": RopeConfig(rotary_dim=32)}),
     "glm": dataclasses.replace(LLAMA, **GLM | {"head_dim": 128, "rope": RopeConfig(rotary_dim=64)}),
 }
 INTERPRET = "mosaic_gpu_interpret"
