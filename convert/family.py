@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from jaxdecode.config import ModelConfig
+from jaxdecode.config import ModelConfig, RopeKind
 
 
 class Fields:
@@ -105,6 +105,7 @@ class Family:
       layers: their name of the list of layers.
       renamed: a beginning of tensor names that some publishers use, and the one of this table that it stands for.
       rope_keys: whether config.json says positions as Llama's does; if not, `features` and `to_hf` see to them.
+      rope_kinds: their names of the rules that stretch positions -> ours.
       partial_rotary: the share of a head that turns when config.json says nothing; None if all of it always does.
       qkv_rows: for each row of our query, key and value product, its place in theirs; None for the same order.
     """
@@ -121,6 +122,7 @@ class Family:
     layers: str = "model.layers"
     renamed: tuple[str, str] = ("", "")
     rope_keys: bool = True
+    rope_kinds: Mapping[str, RopeKind] = dataclasses.field(default_factory=lambda: {k: k for k in get_args(RopeKind)})
     partial_rotary: float | None = None
     qkv_rows: Callable[[ModelConfig], np.ndarray] | None = None
 

@@ -6,14 +6,14 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from convert import chatglm, glm, gpt_neox, llama, mistral, opt, qwen2, qwen3
+from convert import chatglm, glm, gpt_neox, llama, mistral, opt, phi3, qwen2, qwen3
 from convert.errors import ConversionError
 from convert.family import Family, Fields
 from convert.rope import parse_rope, partial_to_hf, rope_to_hf
 from jaxdecode.config import ModelConfig
 
 FAMILIES: dict[str, Family] = {
-    table.FAMILY.model_type: table.FAMILY for table in (llama, mistral, qwen2, qwen3, opt, chatglm, glm, gpt_neox)
+    table.FAMILY.model_type: table.FAMILY for table in (llama, mistral, qwen2, qwen3, opt, chatglm, glm, gpt_neox, phi3)
 }
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
@@ -66,7 +66,7 @@ def parse_config(config: Mapping[str, Any], generation_config: Mapping[str, Any]
         **family.features(fields),
     }
     if family.rope_keys:
-        values["rope"] = parse_rope(fields, max_position, values["head_dim"], family.partial_rotary)
+        values["rope"] = parse_rope(fields, family, max_position, values["head_dim"])
     _refuse_quantised(config, problems)
     if problems:
         raise ConversionError(list(dict.fromkeys(problems)))

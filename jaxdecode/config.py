@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
-RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 NormKind = Literal["rms", "layer"]
 
@@ -21,10 +21,12 @@ class RopeConfig:
       kind: which rule stretches the frequencies; `default` stretches nothing.
       theta: base of the frequencies.
       factor: how many times longer the context becomes (all kinds but `default`).
-      original_max_len: context the model was trained on before stretching (dynamic, llama3, yarn).
+      original_max_len: context the model was trained on before stretching (dynamic, llama3, yarn, longrope).
       low_freq_factor, high_freq_factor: band limits of `llama3`.
       beta_fast, beta_slow, truncate: band limits of `yarn`, in rotations over the original context.
-      attention_factor: multiplier of cos and sin (`yarn`).
+      attention_factor: multiplier of cos and sin (`yarn`, `longrope`).
+      short_factors, long_factors: what each pair's frequency is divided by in sequences of up to original_max_len
+        tokens, and in longer ones (`longrope`).
       rotary_dim: how many dimensions of a head turn, the first ones; None for all.
     """
 
@@ -38,6 +40,8 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
     rotary_dim: int | None = None
 
     def __post_init__(self):
@@ -45,8 +49,11 @@ class RopeConfig:
             raise ValueError(f"rope kind must be one of {', '.join(get_args(RopeKind))}; got {self.kind!r}")
         if self.theta <= 0 or self.factor <= 0:
             raise ValueError(f"rope theta and factor must be positive; got {self.theta=}, {self.factor=}")
-        if self.kind in ("dynamic", "llama3", "yarn") and not self.original_max_len:
+        if self.kind in ("dynamic", "llama3", "yarn", "longrope") and not self.original_max_len:
             raise ValueError(f"rope kind {self.kind!r} needs original_max_len; got {self.original_max_len}")
+        factors = self.short_factors + self.long_factors
+        if bool(factors) != (self.kind == "longrope") or not all(factor > 0 for factor in factors):
+            raise ValueError(f"a longrope, and no other, has positive factors; got {factors} for {self.kind!r}")
 
     def turned(self, head_dim: int) -> int:
         """How many dimensions of a head of `head_dim` turn."""
@@ -164,6 +171,13 @@ class ModelConfig:
             raise ValueError(
                 f"rotary_dim or else head_dim must be even, and at most head_dim; got {turned} of {self.head_dim}"
             )
+        if self.rope.kind == "longrope" and not (
+            len(self.rope.short_factors) == len(self.rope.long_factors) == turned // 2
+        ):
+            raise ValueError(
+                f"a longrope needs a short and a long factor for each of {turned // 2} pairs; got "
+                f"{len(self.rope.short_factors)} and {len(self.rope.long_factors)}"
+            )
         if self.position_offset:
             raise ValueError(f"position_offset belongs to learned positions; got {self.position_offset} beside a rope")
 
@@ -175,6 +189,21 @@ class ModelConfig:
         """
         if self.rope is None and count > self.max_position:
             raise ValueError(f"the model has {self.max_position} learned positions; {count} were asked for")
+
+    def require_growth(self, first: int, last: int) -> None:
+        """Refuses a sequence that grows from `first` to `last` tokens past the length where a longrope changes.
+
+        Raises:
+          ValueError: the keys in its cache would be turned by the frequencies for short sequences, the new ones by
+            those for long ones, which the model was not made for.
+        """
+        if self.rope is None or self.rope.kind != "longrope" or not self.rope.original_max_len:
+            return
+        if first <= self.rope.original_max_len < last:
+            raise ValueError(
+                f"the model turns by other frequencies beyond {self.rope.original_max_len} tokens: a sequence cannot "
+                f"grow from {first} to {last}; ask for fewer new tokens, then give all of it again as a longer prompt"
+            )
 
     def window(self, layer: int) -> int | None:
         """Sliding-window length of one layer in tokens, None for full attention."""
@@ -193,12 +222,17 @@ class ModelConfig:
         """
         fields = dict(fields)
         rope = fields.get("rope", {})
-        fields["rope"] = None if rope is None else _build(RopeConfig, rope)
+        fields["rope"] = None if rope is None else _rope_from_dict(rope)
         ranges = fields.get("unified_max") or ()
         fields["unified_max"] = tuple(None if part is None else _build(UnifiedMax, part) for part in ranges)
         for name in ("layer_windows", "eos_token_ids"):
             fields[name] = tuple(fields.get(name) or ())
         return _build(cls, fields)
+
+
+def _rope_from_dict(fields: dict[str, Any]) -> RopeConfig:
+    factors = {name: tuple(fields.get(name) or ()) for name in ("short_factors", "long_factors")}
+    return _build(RopeConfig, {**fields, **factors})
 
 
 def _require_positive(name: str, value: Any) -> None:

@@ -20,9 +20,10 @@ STAGES = ("embed", "layer_0", "layers", "norm", "logits")
 DECODED = ["llama_tied", "llama_mqa", "llama_bias", "llama_head_dim", "mistral_window", "qwen2_layer_types",
            "qwen3_windows", "rope_dynamic_above", "rope_llama3", "rope_yarn_mscale", "opt", "opt_350m",
            "opt_bare", "chatglm", "chatglm_ratio", "glm", "glm_bare",
-           "gpt_neox", "gpt_neox_sequential", "gpt_neox_bare"]  # fmt: skip
+           "gpt_neox", "gpt_neox_sequential", "gpt_neox_bare", "phi3", "phi3_longrope", "phi3_longrope_long",
+           "phi3_longrope_part"]  # fmt: skip
 SCORED = ["llama", "mistral_window", "qwen3_head_dim", "rope_dynamic_above", "opt_350m", "chatglm", "glm_bare",
-          "gpt_neox"]  # fmt: skip
+          "gpt_neox", "phi3_longrope_long"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

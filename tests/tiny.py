@@ -17,7 +17,10 @@ GPT_NEOX = dict(
     model_type="gpt_neox", norm="layer", parallel=True, gated_mlp=False, activation="gelu", qkv_bias=True,
     out_bias=True, mlp_bias=True, num_kv_heads=4, rope=RopeConfig(rotary_dim=4),
 )  # fmt: skip
-FAMILIES = {"opt": OPT, "opt-350m": OPT_350M, "chatglm": CHATGLM, "gpt-neox": GPT_NEOX}
+_FACTORS = dict(short_factors=(1.0, 1.5, 2.0, 2.5), long_factors=(1.5, 4.0, 7.0, 9.0))
+# beyond 300 tokens, which no test of all families reaches one by one
+PHI3 = dict(model_type="phi3", rope=RopeConfig(kind="longrope", original_max_len=300, attention_factor=1.2, **_FACTORS))
+FAMILIES = {"opt": OPT, "opt-350m": OPT_350M, "chatglm": CHATGLM, "gpt-neox": GPT_NEOX, "phi3": PHI3}
 
 
 def tiny_config(**changes) -> ModelConfig:

@@ -19,6 +19,7 @@ from jaxdecode.models.gpt_neox import GPTNeoX
 from jaxdecode.models.llama import Llama
 from jaxdecode.models.mistral import Mistral
 from jaxdecode.models.opt import OPT
+from jaxdecode.models.phi3 import Phi3
 from jaxdecode.models.qwen2 import Qwen2
 from jaxdecode.models.qwen3 import Qwen3
 
@@ -41,6 +42,7 @@ MODELS: dict[str, type[Decoder]] = {
     "llama": Llama,
     "mistral": Mistral,
     "opt": OPT,
+    "phi3": Phi3,
     "qwen2": Qwen2,
     "qwen3": Qwen3,
 }

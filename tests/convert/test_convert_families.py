@@ -130,6 +130,25 @@ def test_what_older_gpt_neox_files_say_is_no_trouble(tmp_path):
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
 
 
+def test_what_no_phi3_may_say_is_said_at_once(tmp_path):
+    said = {
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 0, 2.0], "long_factor": 3},
+        "intermediate_size": None, "sliding_window": 0,
+    }  # fmt: skip
+    made.write_directory(tmp_path / "hf", tiny_hf.CASES["phi3"] | said, tiny_hf.hf_weights(tiny_hf.CASES["phi3"]))
+    with pytest.raises(ConversionError) as caught:
+        convert(tmp_path / "hf", tmp_path / "ours")
+    for problem in (
+        "short_factor must be a list of positive numbers; it is [1.0, 0, 2.0]", "sliding_window must be a positive",
+        "long_factor must be a list of positive numbers; it is 3", "intermediate_size must be a positive integer",
+    ):  # fmt: skip
+        assert problem in str(caught.value)
+    config = tiny_hf.CASES["phi3_longrope"] | {"hidden_size": 32}
+    made.write_directory(tmp_path / "more", config, tiny_hf.hf_weights(config))
+    with pytest.raises(ConversionError, match="a short and a long factor for each of 4 pairs; got 3 and 3"):
+        convert(tmp_path / "more", tmp_path / "ours")
+
+
 def test_what_no_chatglm_may_say_is_said_at_once(tmp_path):
     said = {
         "quantization_bit": 4, "rmsnorm": False, "apply_residual_connection_post_layernorm": True,

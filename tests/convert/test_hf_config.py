@@ -14,6 +14,18 @@ from jaxdecode.config import ModelConfig, RopeConfig
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FACTORS = {"short_factor": [1, 1.5, 2], "long_factor": [1.5, 4, 7]}
+
+
+def longrope(original: int, max_position: int = 120, **changes) -> RopeConfig:
+    magnitude = math.sqrt(1 + math.log(max(max_position / original, 1)) / math.log(original))
+    fields = {"attention_factor": magnitude} | changes
+    return RopeConfig(
+        kind="longrope", theta=100.0, original_max_len=original, short_factors=(1.0, 1.5, 2.0),
+        long_factors=(1.5, 4.0, 7.0), **fields,
+    )  # fmt: skip
+
+
 YARN_FACTOR = 0.1 * math.log(4) + 1
 # changes to a config.json of max_position_embeddings 64 and rope_theta 10000 -> what they mean
 ROPES: dict[str, tuple[dict, RopeConfig]] = {
@@ -133,6 +145,18 @@ def test_windows(name):
         ("glm", {"partial_rotary_factor": ..., "attention_bias": ...}, {"rope": RopeConfig(rotary_dim=8),
                                                                         "qkv_bias": True}),
         ("glm", {"partial_rotary_factor": 1.0}, {"rope": RopeConfig()}),
+        ("phi3", {}, {"layer_windows": (5, 5), "rope": RopeConfig(), "qkv_bias": False}),
+        ("phi3", {"sliding_window": ...}, {"layer_windows": ()}),
+        ("phi3_longrope", {}, {"rope": longrope(60)}),
+        ("phi3_longrope", {"original_max_position_embeddings": 240}, {"rope": longrope(240, attention_factor=1.0)}),
+        ("phi3_longrope", {"rope_scaling": FACTORS | {"type": "su", "attention_factor": 1.5}},
+         {"rope": longrope(60, attention_factor=1.5)}),
+        ("phi3_longrope", {"rope_scaling": FACTORS | {"type": "yarn", "factor": 8.0}},
+         {"rope": longrope(60, attention_factor=math.sqrt(1 + math.log(8) / math.log(60)))}),
+        ("phi3_longrope", {"original_max_position_embeddings": ..., "max_position_embeddings": 8192,
+                           "rope_scaling": FACTORS | {"rope_type": "longrope", "original_max_position_embeddings": 9}},
+         {"rope": longrope(4096, attention_factor=math.sqrt(1 + math.log(2) / math.log(4096)))}),
+        ("phi3_longrope_part", {}, {"rope": longrope(12, rotary_dim=6, max_position=120)}),
         ("gpt_neox", {}, {"norm": "layer", "parallel": True, "rope": RopeConfig(rotary_dim=6), "norm_eps": 1e-5,
                           "num_kv_heads": 2, "head_dim": 12, "gated_mlp": False, "activation": "gelu"}),
         ("gpt_neox", {"use_parallel_residual": False, "rotary_emb_base": 500, "layer_norm_eps": 0.1},
@@ -184,6 +208,9 @@ def test_there_and_back(case):
         ({"model_type": "llama", "layer_windows": (5, 5)}, "no llama config.json means"),
         ({"model_type": "mistral", "layer_windows": (5, None)}, "no mistral config.json means"),
         ({"model_type": "qwen3", "qk_norm": True, "layer_windows": (5, 6)}, r"one window length .* \[5, 6\]"),
+        ({"model_type": "phi3", "layer_windows": (5, None)}, "no phi3 config.json means"),
+        ({"model_type": "phi3", "rope": RopeConfig(kind="linear", factor=2.0)}, "rope_type 'linear' is not supported"),
+        ({"model_type": "gpt_neox"}, "no gpt_neox config.json means"),
         ({"model_type": "llama", "rope": RopeConfig(kind="dynamic", factor=2.0, original_max_len=5)}, "dynamic rope"),
     ],
 )

@@ -46,6 +46,7 @@ DIFFERENT = [
     ("glm", "glm_bare"),
     ("gpt_neox", "gpt_neox_sequential"),
     ("gpt_neox", "gpt_neox_bare"),
+    ("phi3_longrope", "phi3_longrope_long"),
 ]
 # Rules that must not matter: the same numbers under another name.
 EQUAL = [

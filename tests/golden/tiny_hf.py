@@ -23,6 +23,7 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "glm": "GlmForCausalLM",
+    "phi3": "Phi3ForCausalLM",
 }
 _COMMON = {
     "num_attention_heads": 4,
@@ -133,6 +134,12 @@ def _llama_rope(max_position: int = 64, **scaling) -> dict:
     return _case("llama", max_position_embeddings=max_position, head_dim=16, **rope)
 
 
+def _phi3_longrope(original: int, **changes) -> dict:
+    factors = {"short_factor": [1.0, 1.5, 2.0], "long_factor": [1.5, 4.0, 7.0]}
+    lengths = {"max_position_embeddings": 120, "original_max_position_embeddings": original}
+    return _small("phi3", rope_theta=100.0, rope_scaling={"type": "longrope", **factors}, **lengths, **changes)
+
+
 _LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -205,6 +212,10 @@ CASES: dict[str, dict] = {
     "gpt_neox": _gpt_neox(),
     "gpt_neox_sequential": _gpt_neox(use_parallel_residual=False, hidden_act="gelu_pytorch_tanh", rotary_emb_base=100),
     "gpt_neox_bare": _gpt_neox(attention_bias=False, num_attention_heads=3, rotary_pct=0.25, tie_word_embeddings=True),
+    "phi3": _small("phi3", sliding_window=5, tie_word_embeddings=True),
+    "phi3_longrope": _phi3_longrope(60),
+    "phi3_longrope_long": _phi3_longrope(12),
+    "phi3_longrope_part": _phi3_longrope(12, hidden_size=32, partial_rotary_factor=0.75),
 }
 for _config in CASES.values():
     if _config.get("rope_theta", 1) is None:
@@ -308,7 +319,11 @@ def _llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (mlp, hidden, mlp_bias),
         "mlp.down_proj": (hidden, mlp, mlp_bias),
     }
-    if kind == "glm":
+    if kind == "phi3":
+        for name in "qkv":
+            del linears[f"self_attn.{name}_proj"]
+        linears["self_attn.qkv_proj"] = ((heads + 2 * kv_heads) * head_dim, hidden, False)
+    if kind in ("glm", "phi3"):
         del linears["mlp.gate_proj"], linears["mlp.up_proj"]
         linears["mlp.gate_up_proj"] = (2 * mlp, hidden, False)
     for layer in range(config["num_hidden_layers"]):
@@ -339,7 +354,7 @@ def _weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
         values = normal
     else:
         # Queries and keys are made large, so that attention is sharp and a wrong position shows.
-        gain = 2.0 if any(part in name for part in (".q_proj", ".k_proj", "query_key_value")) else 1.0
+        gain = 2.0 if any(part in name for part in (".q_proj", ".k_proj", "query_key_value", "qkv_proj")) else 1.0
         values = gain * normal / np.sqrt(shape[1])
     return values.astype(np.float32)
 

@@ -21,6 +21,9 @@ LLAMA = ModelConfig(
 # the second layer's range is left by some rows of attention: those are computed again
 RANGES = UnifiedMax(value=0.0, lowest=-20.0, highest=20.0), UnifiedMax(value=0.0, lowest=-20.0, highest=0.5)
 CALIBRATED = dataclasses.replace(LLAMA, unified_max=RANGES)
+LONGROPE = RopeConfig(
+    kind="longrope", original_max_len=30, attention_factor=1.2, short_factors=(1.5,) * 32, long_factors=(4.0,) * 32
+)
 CONFIGS = {
     "online": LLAMA,
     "unified": CALIBRATED,
@@ -29,6 +32,7 @@ CONFIGS = {
     "chatglm": dataclasses.replace(LLAMA, **CHATGLM | {"head_dim": 128, "rope": RopeConfig(rotary_dim=64)}),
     "gpt-neox": dataclasses.replace(LLAMA, **GPT_NEOX | {"head_dim": 128, "rope": RopeConfig(rotary_dim=64)}),
     "pythia": dataclasses.replace(LLAMA, **GPT_NEOX | {"rope": RopeConfig(rotary_dim=32)}),
+    "phi3": dataclasses.replace(LLAMA, model_type="phi3", layer_windows=(16, 16), rope=LONGROPE),
     "glm": dataclasses.replace(LLAMA, **GLM | {"head_dim": 128, "rope": RopeConfig(rotary_dim=64)}),
 }
 INTERPRET = "mosaic_gpu_interpret"
