@@ -65,6 +65,11 @@ class Fields:
         value = self.config[name] if name in self.config else self.defaults.get(name)
         return None if value is None else Fields({name: value}, {}, self.problems).integer(name)
 
+    def optional_number(self, name: str) -> float | None:
+        """A positive number or None, where null is a statement and only absence takes the default."""
+        value = self.config[name] if name in self.config else self.defaults.get(name)
+        return None if value is None else Fields({name: value}, {}, self.problems).number(name)
+
     def require(self, name: str, wanted: Any) -> None:
         """Complains unless a field says what alone is supported."""
         value = self.get(name)

@@ -6,15 +6,14 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from convert import chatglm, glm, gpt_neox, llama, mistral, opt, phi3, qwen2, qwen3
+from convert import chatglm, gemma2, glm, gpt_neox, llama, mistral, opt, phi3, qwen2, qwen3
 from convert.errors import ConversionError
 from convert.family import Family, Fields
 from convert.rope import parse_rope, partial_to_hf, rope_to_hf
 from jaxdecode.config import ModelConfig
 
-FAMILIES: dict[str, Family] = {
-    table.FAMILY.model_type: table.FAMILY for table in (llama, mistral, qwen2, qwen3, opt, chatglm, glm, gpt_neox, phi3)
-}
+_TABLES = (llama, mistral, qwen2, qwen3, opt, chatglm, glm, gpt_neox, phi3, gemma2)
+FAMILIES: dict[str, Family] = {table.FAMILY.model_type: table.FAMILY for table in _TABLES}
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",

@@ -88,9 +88,14 @@ class ModelConfig:
       norm: "rms", or "layer" with a mean taken off and a bias.
       post_norm: each half of a layer norms its result with the residual in it, rather than its input.
       parallel: both halves of a layer read what the layer was given, rather than the second the first's result.
+      norm_offset: added to the gain of every RMSNorm, which is stored as its distance from it.
       final_norm: whether a norm stands before the output head.
       gated_mlp: down(activation(gate(x)) * up(x)), else down(activation(up(x))).
+      embed_scale: what token embeddings are multiplied by, rounded to their type; None for nothing.
+      scale_dim: scores of attention are divided by its square root; None for that of head_dim.
+      attention_soft_cap, logit_soft_cap: cap * tanh(x / cap) of scores and logits; None for x itself.
       rope: rotary positions; None for a learned table, one row a position.
+      local_rope: those of the layers with a window, if they are others.
       position_offset: rows of the learned table that stand before position 0.
       token_dim: width of the token embeddings and of the output head, which a product leads into and out of
         embed_dim; None where they have embed_dim themselves.
@@ -111,6 +116,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     activation: Activation = "silu"
     norm: NormKind = "rms"
+    norm_offset: float = 0.0
     post_norm: bool = False
     parallel: bool = False
     final_norm: bool = True
@@ -120,7 +126,12 @@ class ModelConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    embed_scale: float | None = None
+    scale_dim: int | None = None
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
     rope: RopeConfig | None = RopeConfig()
+    local_rope: RopeConfig | None = None
     position_offset: int = 0
     token_dim: int | None = None
     layer_windows: tuple[int | None, ...] = ()
@@ -139,8 +150,14 @@ class ModelConfig:
             "max_position",
         ):
             _require_positive(name, getattr(self, name))
-        if self.token_dim is not None:
-            _require_positive("token_dim", self.token_dim)
+        for name in ("token_dim", "scale_dim"):
+            if getattr(self, name) is not None:
+                _require_positive(name, getattr(self, name))
+        for name in ("embed_scale", "attention_soft_cap", "logit_soft_cap"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} must be positive; got {value}")
+        if self.norm_offset and self.norm != "rms":
+            raise ValueError(f"norm_offset belongs to RMSNorms; got {self.norm_offset} for {self.norm!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads; got {self.num_heads} and {self.num_kv_heads}"
@@ -162,6 +179,8 @@ class ModelConfig:
                 raise ValueError(f"a sliding window must be a positive number of tokens; got {window}")
 
     def _check_positions(self) -> None:
+        if self.local_rope is not None and (self.rope is None or self.local_rope.kind not in ("default", "linear")):
+            raise ValueError(f"local_rope is default or linear, beside a rope; got {self.local_rope} and {self.rope}")
         if self.rope is None:
             if self.position_offset < 0:
                 raise ValueError(f"position_offset must not be negative; got {self.position_offset}")
@@ -205,6 +224,15 @@ class ModelConfig:
                 f"grow from {first} to {last}; ask for fewer new tokens, then give all of it again as a longer prompt"
             )
 
+    @property
+    def attention_scale(self) -> float:
+        """What scores of attention are multiplied by."""
+        return (self.scale_dim or self.head_dim) ** -0.5
+
+    def layer_rope(self, layer: int) -> RopeConfig | None:
+        """Rotary positions of one layer, None for learned ones."""
+        return self.rope if self.local_rope is None or self.window(layer) is None else self.local_rope
+
     def window(self, layer: int) -> int | None:
         """Sliding-window length of one layer in tokens, None for full attention."""
         return self.layer_windows[layer] if self.layer_windows else None
@@ -221,8 +249,9 @@ class ModelConfig:
           ValueError: a field is missing, unknown or out of range.
         """
         fields = dict(fields)
-        rope = fields.get("rope", {})
-        fields["rope"] = None if rope is None else _rope_from_dict(rope)
+        for name, missing in (("rope", {}), ("local_rope", None)):
+            rope = fields.get(name, missing)
+            fields[name] = None if rope is None else _rope_from_dict(rope)
         ranges = fields.get("unified_max") or ()
         fields["unified_max"] = tuple(None if part is None else _build(UnifiedMax, part) for part in ranges)
         for name in ("layer_windows", "eos_token_ids"):

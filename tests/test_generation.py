@@ -333,3 +333,9 @@ def test_a_sequence_does_not_grow_past_what_a_longrope_was_chosen_for():
     with pytest.raises(ValueError, match=refused):
         Run(params, config, [[1] * 290], seeds=[(0, 0)], sampler=DRAW, max_new_tokens=12, eos_token_ids=[])
     generation.generate(params, config, tokens[:, :302], lengths[:1].repeat(2), KEY, max_new_tokens=12)
+
+
+def test_scaled_embeddings_are_rounded_as_the_embeddings_are():
+    params, config = tiny_model(dtype=jnp.bfloat16, **FAMILIES["gemma2"] | {"embed_scale": 55.4256})
+    rows = build(config, params).embed(jnp.arange(4))
+    np.testing.assert_array_equal(rows, params["embed"]["weight"][:4] * jnp.bfloat16(55.5))

@@ -20,7 +20,11 @@ GPT_NEOX = dict(
 _FACTORS = dict(short_factors=(1.0, 1.5, 2.0, 2.5), long_factors=(1.5, 4.0, 7.0, 9.0))
 # beyond 300 tokens, which no test of all families reaches one by one
 PHI3 = dict(model_type="phi3", rope=RopeConfig(kind="longrope", original_max_len=300, attention_factor=1.2, **_FACTORS))
-FAMILIES = {"opt": OPT, "opt-350m": OPT_350M, "chatglm": CHATGLM, "gpt-neox": GPT_NEOX, "phi3": PHI3}
+GEMMA2 = dict(
+    model_type="gemma2", norm_offset=1.0, activation="gelu_tanh", embed_scale=32**0.5, scale_dim=12, norm_eps=1e-6,
+    attention_soft_cap=2.0, logit_soft_cap=5.0, layer_windows=(8, None), tied_embeddings=True,
+)  # fmt: skip
+FAMILIES = {"opt": OPT, "opt-350m": OPT_350M, "chatglm": CHATGLM, "gpt-neox": GPT_NEOX, "phi3": PHI3, "gemma2": GEMMA2}
 
 
 def tiny_config(**changes) -> ModelConfig:

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxdecode.config import ModelConfig
 from jaxdecode.models.chatglm import ChatGLM
 from jaxdecode.models.decoder import Decoder, Params, bind, params_of, project
+from jaxdecode.models.gemma2 import Gemma2
 from jaxdecode.models.glm import GLM
 from jaxdecode.models.gpt_neox import GPTNeoX
 from jaxdecode.models.llama import Llama
@@ -37,6 +38,7 @@ __all__ = [
 
 MODELS: dict[str, type[Decoder]] = {
     "chatglm": ChatGLM,
+    "gemma2": Gemma2,
     "glm": GLM,
     "gpt_neox": GPTNeoX,
     "llama": Llama,

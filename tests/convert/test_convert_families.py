@@ -149,6 +149,18 @@ def test_what_no_phi3_may_say_is_said_at_once(tmp_path):
         convert(tmp_path / "more", tmp_path / "ours")
 
 
+def test_what_no_gemma_may_say_is_said_at_once(tmp_path):
+    said = {"use_bidirectional_attention": True, "attn_logit_softcapping": -1, "sliding_window": None}
+    made.write_directory(tmp_path / "hf", tiny_hf.CASES["gemma2"] | said, tiny_hf.hf_weights(tiny_hf.CASES["gemma2"]))
+    with pytest.raises(ConversionError) as caught:
+        convert(tmp_path / "hf", tmp_path / "ours")
+    for problem in (
+        "use_bidirectional_attention is not supported", "attn_logit_softcapping must be a positive number; it is -1",
+        "layer_types names sliding_attention, but",
+    ):  # fmt: skip
+        assert problem in str(caught.value)
+
+
 def test_what_no_chatglm_may_say_is_said_at_once(tmp_path):
     said = {
         "quantization_bit": 4, "rmsnorm": False, "apply_residual_connection_post_layernorm": True,

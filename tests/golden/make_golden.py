@@ -46,6 +46,7 @@ DIFFERENT = [
     ("glm", "glm_bare"),
     ("gpt_neox", "gpt_neox_sequential"),
     ("gpt_neox", "gpt_neox_bare"),
+    ("gemma2", "gemma2_uncapped"),
     ("phi3_longrope", "phi3_longrope_long"),
 ]
 # Rules that must not matter: the same numbers under another name.

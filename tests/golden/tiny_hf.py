@@ -24,6 +24,7 @@ _ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "glm": "GlmForCausalLM",
     "phi3": "Phi3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
 }
 _COMMON = {
     "num_attention_heads": 4,
@@ -140,6 +141,12 @@ def _phi3_longrope(original: int, **changes) -> dict:
     return _small("phi3", rope_theta=100.0, rope_scaling={"type": "longrope", **factors}, **lengths, **changes)
 
 
+def _gemma(model_type: str, **changes) -> dict:
+    config = {"num_hidden_layers": 3, "head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 5}
+    config |= {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
+    return _small(model_type, **config | changes)
+
+
 _LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -216,6 +223,15 @@ CASES: dict[str, dict] = {
     "phi3_longrope": _phi3_longrope(60),
     "phi3_longrope_long": _phi3_longrope(12),
     "phi3_longrope_part": _phi3_longrope(12, hidden_size=32, partial_rotary_factor=0.75),
+    "gemma2": _gemma("gemma2", attn_logit_softcapping=2.0, final_logit_softcapping=5.0),
+    "gemma2_uncapped": _gemma(
+        "gemma2",
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        attention_bias=True,
+        tie_word_embeddings=False,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+    ),
 }
 for _config in CASES.values():
     if _config.get("rope_theta", 1) is None:
@@ -333,6 +349,8 @@ def _llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
             if bias:
                 shapes[f"{prefix}{name}.bias"] = (out,)
         norms = ["input_layernorm", "post_attention_layernorm"]
+        if kind.startswith("gemma"):
+            norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
         shapes |= {f"{prefix}{norm}.weight": (hidden,) for norm in norms}
         if kind == "qwen3":
             shapes |= {f"{prefix}self_attn.{norm}.weight": (head_dim,) for norm in ("q_norm", "k_norm")}
