@@ -6,13 +6,13 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from convert import chatglm, gemma2, glm, gpt_neox, llama, mistral, opt, phi3, qwen2, qwen3
+from convert import chatglm, gemma2, gemma3_text, glm, gpt_neox, llama, mistral, opt, phi3, qwen2, qwen3
 from convert.errors import ConversionError
 from convert.family import Family, Fields
 from convert.rope import parse_rope, partial_to_hf, rope_to_hf
 from jaxdecode.config import ModelConfig
 
-_TABLES = (llama, mistral, qwen2, qwen3, opt, chatglm, glm, gpt_neox, phi3, gemma2)
+_TABLES = (llama, mistral, qwen2, qwen3, opt, chatglm, glm, gpt_neox, phi3, gemma2, gemma3_text)
 FAMILIES: dict[str, Family] = {table.FAMILY.model_type: table.FAMILY for table in _TABLES}
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",

@@ -21,9 +21,9 @@ DECODED = ["llama_tied", "llama_mqa", "llama_bias", "llama_head_dim", "mistral_w
            "qwen3_windows", "rope_dynamic_above", "rope_llama3", "rope_yarn_mscale", "opt", "opt_350m",
            "opt_bare", "chatglm", "chatglm_ratio", "glm", "glm_bare",
            "gpt_neox", "gpt_neox_sequential", "gpt_neox_bare", "phi3", "phi3_longrope", "phi3_longrope_long",
-           "phi3_longrope_part", "gemma2", "gemma2_uncapped"]  # fmt: skip
+           "phi3_longrope_part", "gemma2", "gemma2_uncapped", "gemma3", "gemma3_parameters"]  # fmt: skip
 SCORED = ["llama", "mistral_window", "qwen3_head_dim", "rope_dynamic_above", "opt_350m", "chatglm", "glm_bare",
-          "gpt_neox", "phi3_longrope_long", "gemma2"]  # fmt: skip
+          "gpt_neox", "phi3_longrope_long", "gemma2", "gemma3"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

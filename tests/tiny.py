@@ -24,7 +24,14 @@ GEMMA2 = dict(
     model_type="gemma2", norm_offset=1.0, activation="gelu_tanh", embed_scale=32**0.5, scale_dim=12, norm_eps=1e-6,
     attention_soft_cap=2.0, logit_soft_cap=5.0, layer_windows=(8, None), tied_embeddings=True,
 )  # fmt: skip
-FAMILIES = {"opt": OPT, "opt-350m": OPT_350M, "chatglm": CHATGLM, "gpt-neox": GPT_NEOX, "phi3": PHI3, "gemma2": GEMMA2}
+GEMMA3 = GEMMA2 | dict(
+    model_type="gemma3_text", qk_norm=True, attention_soft_cap=None, logit_soft_cap=None,
+    rope=RopeConfig(kind="linear", theta=1000.0, factor=3.0), local_rope=RopeConfig(theta=10.0),
+)  # fmt: skip
+FAMILIES = {
+    "opt": OPT, "opt-350m": OPT_350M, "chatglm": CHATGLM, "gpt-neox": GPT_NEOX, "phi3": PHI3, "gemma2": GEMMA2,
+    "gemma3": GEMMA3,
+}  # fmt: skip
 
 
 def tiny_config(**changes) -> ModelConfig:

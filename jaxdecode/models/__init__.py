@@ -15,6 +15,7 @@ from jaxdecode.config import ModelConfig
 from jaxdecode.models.chatglm import ChatGLM
 from jaxdecode.models.decoder import Decoder, Params, bind, params_of, project
 from jaxdecode.models.gemma2 import Gemma2
+from jaxdecode.models.gemma3_text import Gemma3Text
 from jaxdecode.models.glm import GLM
 from jaxdecode.models.gpt_neox import GPTNeoX
 from jaxdecode.models.llama import Llama
@@ -39,6 +40,7 @@ __all__ = [
 MODELS: dict[str, type[Decoder]] = {
     "chatglm": ChatGLM,
     "gemma2": Gemma2,
+    "gemma3_text": Gemma3Text,
     "glm": GLM,
     "gpt_neox": GPTNeoX,
     "llama": Llama,

@@ -159,6 +159,15 @@ def test_what_no_gemma_may_say_is_said_at_once(tmp_path):
         "layer_types names sliding_attention, but",
     ):  # fmt: skip
         assert problem in str(caught.value)
+    said |= {"rope_scaling": {"rope_type": "yarn"}, "rope_parameters": {"rope_theta": 3.0}}
+    made.write_directory(tmp_path / "3", tiny_hf.CASES["gemma3"] | said, tiny_hf.hf_weights(tiny_hf.CASES["gemma3"]))
+    with pytest.raises(ConversionError) as caught:
+        convert(tmp_path / "3", tmp_path / "ours")
+    for problem in (
+        "use_bidirectional_attention is not supported", "rope_type 'yarn' is not supported; supported are default, lin",
+        "rope_parameters must hold an object for each of full_attention and sliding_attention",
+    ):  # fmt: skip
+        assert problem in str(caught.value)
 
 
 def test_what_no_chatglm_may_say_is_said_at_once(tmp_path):

@@ -47,6 +47,7 @@ DIFFERENT = [
     ("gpt_neox", "gpt_neox_sequential"),
     ("gpt_neox", "gpt_neox_bare"),
     ("gemma2", "gemma2_uncapped"),
+    ("gemma3", "gemma3_parameters"),
     ("phi3_longrope", "phi3_longrope_long"),
 ]
 # Rules that must not matter: the same numbers under another name.

@@ -25,6 +25,7 @@ _ARCHITECTURES = {
     "glm": "GlmForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
 }
 _COMMON = {
     "num_attention_heads": 4,
@@ -232,6 +233,20 @@ CASES: dict[str, dict] = {
         tie_word_embeddings=False,
         layer_types=["full_attention", "sliding_attention", "sliding_attention"],
     ),
+    "gemma3": _gemma(
+        "gemma3_text",
+        sliding_window_pattern=2,
+        rope_theta=1000.0,
+        rope_local_base_freq=10.0,
+        rope_scaling={"rope_type": "linear", "factor": 3.0},
+    ),
+    "gemma3_parameters": _gemma(
+        "gemma3_text",
+        rope_theta=None,
+        rope_parameters={"full_attention": {"rope_theta": 100.0}, "sliding_attention": {"rope_theta": 1000.0}},
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        final_logit_softcapping=5.0,
+    ),
 }
 for _config in CASES.values():
     if _config.get("rope_theta", 1) is None:
@@ -352,7 +367,7 @@ def _llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
         if kind.startswith("gemma"):
             norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
         shapes |= {f"{prefix}{norm}.weight": (hidden,) for norm in norms}
-        if kind == "qwen3":
+        if kind in ("qwen3", "gemma3_text"):
             shapes |= {f"{prefix}self_attn.{norm}.weight": (head_dim,) for norm in ("q_norm", "k_norm")}
     return shapes
 
