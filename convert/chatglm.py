@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from convert.family import Family, Fields
+from convert.rows import pairs_side_by_side
 from jaxdecode.config import ModelConfig, RopeConfig
 
 _THETA = 10_000.0
@@ -73,7 +74,7 @@ FAMILY = Family(
         "mlp.gate_up": ("mlp.dense_h_to_4h",),
         "mlp.down": ("mlp.dense_4h_to_h",),
     },
-    interleaved=True,
+    qkv_rows=pairs_side_by_side,
     ignored=(r"transformer\.rotary_pos_emb\.inv_freq",),
     names={
         "vocab_size": "padded_vocab_size", "num_hidden_layers": "num_layers", "intermediate_size": "ffn_hidden_size",

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from convert.errors import ConversionError
-from convert.family import part_rows
 from convert.hf_config import FAMILIES, to_hf_config
 from convert.weights import CHUNK_BYTES, DTYPES
 from jaxdecode.checkpoint import load_config, load_manifest, tensor_views
@@ -111,14 +110,11 @@ def _appearing(outdir: Path) -> Iterator[Path]:
 
 def _split(config: ModelConfig, target: str, view: np.ndarray) -> _Pieces:
     """The Hugging Face tensors that stand in one of ours."""
-    family = FAMILIES[config.model_type]
-    names = family.sources(target)
-    if len(names) == 1:
-        order = family.row_order(config, target)
-        return {names[0]: _Piece(view, None if order is None else np.argsort(order))}
-    rows = part_rows(config, target, len(names), view.shape[0])
-    stops = np.cumsum(rows)
-    return {name: _Piece(view[stop - count : stop]) for name, count, stop in zip(names, rows, stops, strict=True)}
+    pieces, start = {}, 0
+    for name, rows, order in FAMILIES[config.model_type].parts(config, target, view.shape[0]):
+        pieces[name] = _Piece(view[start : start + rows], None if order is None else np.argsort(order))
+        start += rows
+    return pieces
 
 
 def _check_room(pieces: _Pieces, dtype: str | None, outdir: Path) -> None:

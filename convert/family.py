@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from convert.rows import half_split
-from jaxdecode.config import ModelConfig
+from jaxdecode.config import ModelConfig, RopeKind
 
 
 class Fields:
@@ -66,6 +65,11 @@ class Fields:
         value = self.config[name] if name in self.config else self.defaults.get(name)
         return None if value is None else Fields({name: value}, {}, self.problems).integer(name)
 
+    def optional_number(self, name: str) -> float | None:
+        """A positive number or None, where null is a statement and only absence takes the default."""
+        value = self.config[name] if name in self.config else self.defaults.get(name)
+        return None if value is None else Fields({name: value}, {}, self.problems).number(name)
+
     def require(self, name: str, wanted: Any) -> None:
         """Complains unless a field says what alone is supported."""
         value = self.get(name)
@@ -75,6 +79,20 @@ class Fields:
     def _complain(self, name: str, expected: str, value: Any) -> None:
         found = "is missing" if value is None else f"is {value!r:.80}"
         self.problems.append(f"config.json: {self.key(name)} must be {expected}; it {found}")
+
+
+class Part(NamedTuple):
+    """What one of their tensors brings to one of ours.
+
+    Attributes:
+      name: theirs.
+      rows: how many.
+      order: for each of those rows of ours, its place in their tensor; None if they are in the same order.
+    """
+
+    name: str
+    rows: int
+    order: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +110,9 @@ class Family:
       layers: their name of the list of layers.
       renamed: a beginning of tensor names that some publishers use, and the one of this table that it stands for.
       rope_keys: whether config.json says positions as Llama's does; if not, `features` and `to_hf` see to them.
-      interleaved: whether the two numbers of a rotary pair stand side by side; with us, half the pairs apart.
+      rope_kinds: their names of the rules that stretch positions -> ours.
+      partial_rotary: the share of a head that turns when config.json says nothing; None if all of it always does.
+      qkv_rows: for each row of our query, key and value product, its place in theirs; None for the same order.
     """
 
     model_type: str
@@ -107,7 +127,9 @@ class Family:
     layers: str = "model.layers"
     renamed: tuple[str, str] = ("", "")
     rope_keys: bool = True
-    interleaved: bool = False
+    rope_kinds: Mapping[str, RopeKind] = dataclasses.field(default_factory=lambda: {k: k for k in get_args(RopeKind)})
+    partial_rotary: float | None = None
+    qkv_rows: Callable[[ModelConfig], np.ndarray] | None = None
 
     def sources(self, target: str) -> list[str]:
         """Names of the source tensors whose rows make one of ours ("layers.3.mlp.gate_up.weight")."""
@@ -122,17 +144,19 @@ class Family:
         published, ours = self.renamed
         return ours + name.removeprefix(published) if published and name.startswith(published) else name
 
-    def row_order(self, config: ModelConfig, target: str) -> np.ndarray | None:
-        """For each row of one of our tensors, the place of that row in theirs; None if they are in the same order."""
-        if not self.interleaved or ".attention.qkv." not in target or config.rope is None:
-            return None
-        turned = (config.num_heads + config.num_kv_heads) * config.head_dim  # rows of queries and keys
-        rows = np.arange(turned + config.num_kv_heads * config.head_dim)
-        order = half_split(rows, config.head_dim, config.rope.turned(config.head_dim))
-        return np.where(rows < turned, order, rows)
+    def parts(self, config: ModelConfig, target: str, rows: int) -> list[Part]:
+        """The source tensors whose rows make the `rows` of one of our tensors."""
+        names = self.sources(target)
+        counts, parts = _part_rows(config, target, len(names), rows), []
+        order = self.qkv_rows(config) if self.qkv_rows and ".attention.qkv." in target else None
+        for name, count, stop in zip(names, counts, np.cumsum(counts), strict=True):
+            own = None if order is None else order[stop - count : stop] - (stop - count)
+            same = own is None or np.array_equal(own, np.arange(count))
+            parts.append(Part(name, count, None if same else own))
+        return parts
 
 
-def part_rows(config: ModelConfig, target: str, parts: int, rows: int) -> tuple[int, ...]:
+def _part_rows(config: ModelConfig, target: str, parts: int, rows: int) -> tuple[int, ...]:
     """How many rows of one of our fused tensors each of its `parts` brings."""
     if parts == 1:
         return (rows,)

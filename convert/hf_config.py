@@ -6,15 +6,14 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from convert import chatglm, llama, mistral, opt, qwen2, qwen3
+from convert import chatglm, gemma2, gemma3_text, glm, gpt_neox, llama, mistral, opt, phi3, qwen2, qwen3
 from convert.errors import ConversionError
 from convert.family import Family, Fields
-from convert.rope import parse_rope, rope_to_hf
+from convert.rope import parse_rope, partial_to_hf, rope_to_hf
 from jaxdecode.config import ModelConfig
 
-FAMILIES: dict[str, Family] = {
-    table.FAMILY.model_type: table.FAMILY for table in (llama, mistral, qwen2, qwen3, opt, chatglm)
-}
+_TABLES = (llama, mistral, qwen2, qwen3, opt, chatglm, glm, gpt_neox, phi3, gemma2, gemma3_text)
+FAMILIES: dict[str, Family] = {table.FAMILY.model_type: table.FAMILY for table in _TABLES}
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
@@ -66,7 +65,7 @@ def parse_config(config: Mapping[str, Any], generation_config: Mapping[str, Any]
         **family.features(fields),
     }
     if family.rope_keys:
-        values["rope"] = parse_rope(config, max_position, problems)
+        values["rope"] = parse_rope(fields, family, max_position, values["head_dim"])
     _refuse_quantised(config, problems)
     if problems:
         raise ConversionError(list(dict.fromkeys(problems)))
@@ -108,12 +107,19 @@ def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
     }
     try:
-        fields |= (rope_to_hf(config) if family.rope_keys else {}) | family.to_hf(config)
+        fields |= (_rope_fields(config, family) if family.rope_keys else {}) | family.to_hf(config)
     except ValueError as error:
         raise ConversionError(str(error), "cannot export") from error
     if parse_config(fields, {}) != config:
         raise ConversionError(f"no {config.model_type} config.json means {config}", "cannot export")
     return fields
+
+
+def _rope_fields(config: ModelConfig, family: Family) -> dict[str, Any]:
+    fields = rope_to_hf(config)
+    if family.partial_rotary is not None:
+        fields["partial_rotary_factor"] = partial_to_hf(config)
+    return {family.names.get(name) or name: value for name, value in fields.items()}
 
 
 def _head_dim(fields: Fields, embed_dim: int, heads: int) -> int:

@@ -264,7 +264,7 @@ def run(job: dict[str, Any]) -> None:
     }  # fmt: skip
     if job["weight_hashes"]:
         meta["weight_sha256"] = {name: _sha256(weight) for name, weight in model.state_dict().items()}
-    rotary = copy.deepcopy(getattr(model.model, "rotary_emb", None))
+    rotary = copy.deepcopy(getattr(model.base_model, "rotary_emb", None))
     with torch.inference_mode(), zipfile.ZipFile(job["output"], "w") as archive:
         for index, prompt in enumerate(job["prompts"]):
             for name, array in _answer(model, rotary, job, index, prompt):
@@ -304,15 +304,15 @@ def _answer(model, rotary, job, index, prompt):
 def _reset(model, rotary) -> None:
     """Dynamic positions remember the longest sequence seen; every pass starts from a fresh model's state."""
     if rotary is not None:
-        model.model.rotary_emb = copy.deepcopy(rotary)
+        model.base_model.rotary_emb = copy.deepcopy(rotary)
 
 
 @contextlib.contextmanager
 def _stages(model):
     """Collects the outputs of the embedding, the first and last layer and the final norm while it is open."""
-    body, stages, handles = getattr(model.model, "decoder", model.model), {}, []
+    body, stages, handles = getattr(model.base_model, "decoder", model.base_model), {}, []
     watched = {
-        "embed": body.embed_tokens,
+        "embed": model.get_input_embeddings(),
         "layer_0": body.layers[0],
         "layers": body.layers[-1],
         "norm": body.norm if hasattr(body, "norm") else body.final_layer_norm,

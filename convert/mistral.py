@@ -9,12 +9,14 @@ from convert.llama import IGNORED, LAYER, MODEL
 from jaxdecode.config import ModelConfig
 
 
-def _features(fields: Fields) -> dict[str, Any]:
+def window_everywhere(fields: Fields) -> dict[str, Any]:
+    """One sliding window for all layers, if any."""
     window = fields.optional_integer("sliding_window")
     return {"layer_windows": (window,) * fields.integer("num_hidden_layers") if window else ()}
 
 
-def _to_hf(config: ModelConfig) -> dict[str, Any]:
+def window_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `window_everywhere`."""
     return {"sliding_window": config.window(0)}
 
 
@@ -30,6 +32,6 @@ FAMILY = Family(
         "rms_norm_eps": 1e-6,
         "sliding_window": 4096,
     },
-    features=_features,
-    to_hf=_to_hf,
+    features=window_everywhere,
+    to_hf=window_to_hf,
 )

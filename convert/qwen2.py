@@ -27,6 +27,12 @@ def layer_windows(fields: Fields) -> tuple[int | None, ...]:
         types = [
             "full_attention" if layer < first or window is None else "sliding_attention" for layer in range(layers)
         ]
+    return typed_windows(fields, types, window)
+
+
+def typed_windows(fields: Fields, types: Any, window: int | None) -> tuple[int | None, ...]:
+    """The window of each layer by what `layer_types` calls it; empty if there is none."""
+    layers = fields.integer("num_hidden_layers")
     if not isinstance(types, list) or len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
         fields.problems.append(
             f"config.json: layer_types must name full_attention or sliding_attention for each of {layers} "
@@ -42,7 +48,7 @@ def layer_windows(fields: Fields) -> tuple[int | None, ...]:
 
 
 def windows_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `layer_windows`.
+    """The inverse of `layer_windows`, and of `typed_windows`.
 
     Raises:
       ValueError: layers have windows of different lengths, which these families cannot say.

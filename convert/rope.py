@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
-from convert.family import Fields
-from jaxdecode.config import ModelConfig, RopeConfig, RopeKind
+from convert.family import Family, Fields
+from jaxdecode.config import ModelConfig, RopeConfig
 
 
-def parse_rope(config: Mapping[str, Any], max_position: int, problems: list[str]) -> RopeConfig:
+def parse_rope(fields: Fields, family: Family, max_position: int, head_dim: int) -> RopeConfig:
     """Read `rope_parameters`, or the older `rope_theta` and `rope_scaling`, as transformers resolves them.
 
     What cannot be read becomes a problem and the default comes back.
     """
     found: list[str] = []
+    config, partial = fields.config, family.partial_rotary
     parameters = _parameters(config, found)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind not in get_args(RopeKind):
+    if kind not in family.rope_kinds:
         found.append(
-            f"config.json: rope_type {kind!r:.80} is not supported; supported are {', '.join(get_args(RopeKind))}"
+            f"config.json: rope_type {kind!r:.80} is not supported; supported are {', '.join(family.rope_kinds)}"
         )
-    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        found.append(f"config.json: partial_rotary_factor {partial!r:.80} is not supported; it must be 1 or absent")
-    fields = Fields({"rope_theta": config.get("rope_theta"), **parameters}, {"rope_theta": 10000.0}, found)
-    values = {"theta": fields.number("rope_theta"), "kind": kind}
+    beside = {name: config.get(fields.key(name) or name) for name in ("rope_theta", "partial_rotary_factor")}
+    own = Fields({**beside, **parameters}, {"rope_theta": 10000.0, "partial_rotary_factor": partial}, found)
+    values = {"theta": own.number("rope_theta"), "rotary_dim": _rotary_dim(own, head_dim, partial)}
     if not found:
-        values |= _KINDS[kind](fields, config, max_position)
-    problems += found
+        values["kind"] = family.rope_kinds[kind]
+        values |= _KINDS[values["kind"]](own, fields.get("original_max_position_embeddings"), max_position)
+    fields.problems += found
     return RopeConfig() if found else RopeConfig(**values)
 
 
@@ -54,24 +54,46 @@ def _same_for_all_layers(key: str, value: dict[str, Any], problems: list[str]) -
     return {name: inner for name, inner in nested[0].items() if inner is not None}
 
 
-def _linear(fields: Fields, config: Mapping[str, Any], max_position: int) -> dict[str, Any]:
+def _rotary_dim(fields: Fields, head_dim: int, partial: float | None) -> int | None:
+    """How many dimensions of a head turn, None for all."""
+    said = fields.get("partial_rotary_factor")
+    if said in (None, 1):
+        return None
+    if partial is None:
+        fields.problems.append(
+            f"config.json: partial_rotary_factor {said!r:.80} is not supported; it must be 1 or absent"
+        )
+        return None
+    turned = int(head_dim * fields.number("partial_rotary_factor"))
+    return None if turned == head_dim else turned
+
+
+def partial_to_hf(config: ModelConfig) -> float:
+    """The share of a head that turns, such that `int(head_dim * share)` is the number of dimensions that do."""
+    assert config.rope is not None  # rope_to_hf has refused that
+    turned = config.rope.turned(config.head_dim)
+    share = turned / config.head_dim
+    return share if int(config.head_dim * share) == turned else math.nextafter(share, 2)
+
+
+def _linear(fields: Fields, beside: Any, max_position: int) -> dict[str, Any]:
     return {"factor": fields.number("factor")}
 
 
-def _dynamic(fields: Fields, config: Mapping[str, Any], max_position: int) -> dict[str, Any]:
+def _dynamic(fields: Fields, beside: Any, max_position: int) -> dict[str, Any]:
     return {"factor": fields.number("factor"), "original_max_len": max_position}
 
 
-def _llama3(fields: Fields, config: Mapping[str, Any], max_position: int) -> dict[str, Any]:
+def _llama3(fields: Fields, beside: Any, max_position: int) -> dict[str, Any]:
     low, high = fields.number("low_freq_factor"), fields.number("high_freq_factor")
     if low == high:
         fields.problems.append(f"config.json: low_freq_factor and high_freq_factor must differ; both are {low}")
     return {"factor": fields.number("factor"), "low_freq_factor": low, "high_freq_factor": high,
-            "original_max_len": _original(fields, config, max_position)}  # fmt: skip
+            "original_max_len": _original(fields, beside, max_position)}  # fmt: skip
 
 
-def _yarn(fields: Fields, config: Mapping[str, Any], max_position: int) -> dict[str, Any]:
-    original, given = _original(fields, config, max_position), fields.config
+def _yarn(fields: Fields, beside: Any, max_position: int) -> dict[str, Any]:
+    original, given = _original(fields, beside, max_position), fields.config
     factor = fields.number("factor") if given.get("factor") is not None else max_position / original
     return {
         "factor": factor, "original_max_len": original, "attention_factor": _attention_factor(fields, factor),
@@ -93,12 +115,35 @@ def _attention_factor(fields: Fields, factor: float) -> float:
     return magnitude()
 
 
-def _original(fields: Fields, config: Mapping[str, Any], max_position: int) -> int:
+def _longrope(fields: Fields, beside: Any, max_position: int) -> dict[str, Any]:
+    original, factors = _original(fields, beside, max_position), {}
+    for name in ("short_factor", "long_factor"):
+        given = fields.get(name)
+        good = isinstance(given, list) and all(isinstance(x, int | float) and x > 0 for x in given) and len(given)
+        if not good:
+            fields.problems.append(f"config.json: {name} must be a list of positive numbers; it is {given!r:.80}")
+        factors[f"{name}s"] = tuple(map(float, given)) if good else (1.0,)
+    if fields.config.get("attention_factor") is not None:
+        magnitude = fields.number("attention_factor")
+    else:
+        factor = fields.number("factor") if fields.config.get("factor") is not None else max_position / original
+        magnitude = _longrope_magnitude(factor, original)
+    return {"original_max_len": original, "attention_factor": magnitude, **factors}
+
+
+def _longrope_magnitude(factor: float, original: int) -> float:
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+def _original(fields: Fields, beside: Any, max_position: int) -> int:
     key = "original_max_position_embeddings"  # beside the parameters (as Phi3 writes it), it wins
-    return Fields({key: config.get(key) or fields.config.get(key)}, {key: max_position}, fields.problems).integer(key)
+    return Fields({key: beside or fields.config.get(key)}, {key: max_position}, fields.problems).integer(key)
 
 
-_KINDS = {"default": lambda *_: {}, "linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn}
+_KINDS = {
+    "default": lambda *_: {}, "linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn,
+    "longrope": _longrope,
+}  # fmt: skip
 
 
 def rope_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -117,6 +162,8 @@ def rope_to_hf(config: ModelConfig) -> dict[str, Any]:
         raise ValueError(
             f"a dynamic rope starts at max_position; got {rope.original_max_len} and {config.max_position}"
         )
+    if rope.kind == "longrope":
+        return _longrope_to_hf(config, rope)
     if rope.kind in ("llama3", "yarn"):
         scaling["original_max_position_embeddings"] = rope.original_max_len
     if rope.kind == "llama3":
@@ -129,3 +176,15 @@ def rope_to_hf(config: ModelConfig) -> dict[str, Any]:
             "truncate": rope.truncate,
         }
     return {"rope_theta": rope.theta, "rope_scaling": scaling}
+
+
+def _longrope_to_hf(config: ModelConfig, rope: RopeConfig) -> dict[str, Any]:
+    """As Phi3 publishes it: older transformers take no other keys, so what they would compute is left out."""
+    original = rope.original_max_len
+    assert original is not None
+    scaling: dict[str, Any] = {
+        "type": "longrope", "short_factor": list(rope.short_factors), "long_factor": list(rope.long_factors)
+    }  # fmt: skip
+    if rope.attention_factor != _longrope_magnitude(config.max_position / original, original):
+        scaling["attention_factor"] = rope.attention_factor
+    return {"rope_theta": rope.theta, "rope_scaling": scaling, "original_max_position_embeddings": original}

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from convert.sources import SourceTensor
+from jaxdecode.config import ModelConfig
 
 
 def half_split(rows: np.ndarray, head_dim: int, rotary_dim: int) -> np.ndarray:
@@ -18,15 +19,30 @@ def half_split(rows: np.ndarray, head_dim: int, rotary_dim: int) -> np.ndarray:
     return np.where(within < rotary_dim, rows - within + within % half * 2 + within // half, rows)
 
 
-def reordered(tensor: SourceTensor, order: np.ndarray) -> SourceTensor:
-    """The tensor whose row i is row order[i].
+def pairs_side_by_side(config: ModelConfig) -> np.ndarray:
+    """Rows of queries, keys and values where the two numbers of a rotary pair stand side by side in the file."""
+    turned = (config.num_heads + config.num_kv_heads) * config.head_dim  # rows of queries and keys
+    rows = np.arange(turned + config.num_kv_heads * config.head_dim)
+    if config.rope is None:
+        return rows
+    order = half_split(rows, config.head_dim, config.rope.turned(config.head_dim))
+    return np.where(rows < turned, order, rows)
 
-    It reads all that lies between the rows asked for, so a row should not come from far away.
-    """
+
+def head_by_head(config: ModelConfig) -> np.ndarray:
+    """Rows of queries, keys and values where each head's three stand together in the file."""
+    rows = np.arange(3 * config.num_heads * config.head_dim).reshape(config.num_heads, 3, config.head_dim)
+    return rows.swapaxes(0, 1).reshape(-1)
+
+
+def reordered(tensor: SourceTensor, order: np.ndarray) -> SourceTensor:
+    """The tensor whose row i is row order[i]; rows that are neighbours there are read in one piece."""
 
     def read(start: int, stop: int) -> np.ndarray:
         rows = order[start:stop]
-        first = int(rows.min())
-        return tensor.read(first, int(rows.max()) + 1)[rows - first]
+        places = np.argsort(rows)
+        runs = np.split(rows[places], np.flatnonzero(np.diff(rows[places]) != 1) + 1)
+        found = np.concatenate([tensor.read(int(run[0]), int(run[-1]) + 1) for run in runs])
+        return found[np.argsort(places)]
 
     return dataclasses.replace(tensor, read=read)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from convert.errors import ConversionError
-from convert.family import Family, part_rows
+from convert.family import Family, Part
 from convert.rows import reordered
 from convert.sources import Source, SourceTensor
 from jaxdecode.checkpoint import flatten, item_of
@@ -81,11 +81,9 @@ def make_plan(source: Source, config: ModelConfig, family: Family, dtype: str | 
     items: dict[str, list[Target]] = {}
     used: set[str] = set()
     for name, abstract in flatten(abstract_params(config)).items():
-        names = family.sources(name)
-        used.update(names)
-        parts = _match(tensors, config, name, abstract.shape, names, problems)
-        if len(parts) == 1 and (order := family.row_order(config, name)) is not None:
-            parts = (reordered(parts[0], order),)
+        wanted = family.parts(config, name, abstract.shape[0])
+        used.update(part.name for part in wanted)
+        parts = _match(tensors, name, abstract.shape, wanted, problems)
         items.setdefault(item_of(name), []).append(Target(name, tuple(abstract.shape), chosen, parts))
     if config.tied_embeddings:
         used.update(_check_tied(tensors, family, problems))
@@ -148,15 +146,10 @@ def _row_bytes(shape: tuple[int, ...]) -> int:
 
 
 def _match(
-    tensors: dict[str, SourceTensor],
-    config: ModelConfig,
-    name: str,
-    shape: tuple[int, ...],
-    names: list[str],
-    problems: list[str],
+    tensors: dict[str, SourceTensor], name: str, shape: tuple[int, ...], wanted: list[Part], problems: list[str]
 ) -> tuple[SourceTensor, ...]:
     parts = []
-    for part_name, rows in zip(names, part_rows(config, name, len(names), shape[0]), strict=True):
+    for part_name, rows, order in wanted:
         part, expected = tensors.get(part_name), (rows, *shape[1:])
         if part is None:
             problems.append(f"missing tensor {part_name}{list(expected)}, needed for {name}{list(shape)}")
@@ -170,7 +163,7 @@ def _match(
                 f"tensor {part_name} has dtype {part.stored}, which is not supported; supported are {', '.join(FLOATS)}"
             )
         else:
-            parts.append(part)
+            parts.append(part if order is None else reordered(part, order))
     return tuple(parts)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
-RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 NormKind = Literal["rms", "layer"]
 
@@ -21,10 +21,12 @@ class RopeConfig:
       kind: which rule stretches the frequencies; `default` stretches nothing.
       theta: base of the frequencies.
       factor: how many times longer the context becomes (all kinds but `default`).
-      original_max_len: context the model was trained on before stretching (dynamic, llama3, yarn).
+      original_max_len: context the model was trained on before stretching (dynamic, llama3, yarn, longrope).
       low_freq_factor, high_freq_factor: band limits of `llama3`.
       beta_fast, beta_slow, truncate: band limits of `yarn`, in rotations over the original context.
-      attention_factor: multiplier of cos and sin (`yarn`).
+      attention_factor: multiplier of cos and sin (`yarn`, `longrope`).
+      short_factors, long_factors: what each pair's frequency is divided by in sequences of up to original_max_len
+        tokens, and in longer ones (`longrope`).
       rotary_dim: how many dimensions of a head turn, the first ones; None for all.
     """
 
@@ -38,6 +40,8 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
     rotary_dim: int | None = None
 
     def __post_init__(self):
@@ -45,8 +49,11 @@ class RopeConfig:
             raise ValueError(f"rope kind must be one of {', '.join(get_args(RopeKind))}; got {self.kind!r}")
         if self.theta <= 0 or self.factor <= 0:
             raise ValueError(f"rope theta and factor must be positive; got {self.theta=}, {self.factor=}")
-        if self.kind in ("dynamic", "llama3", "yarn") and not self.original_max_len:
+        if self.kind in ("dynamic", "llama3", "yarn", "longrope") and not self.original_max_len:
             raise ValueError(f"rope kind {self.kind!r} needs original_max_len; got {self.original_max_len}")
+        factors = self.short_factors + self.long_factors
+        if bool(factors) != (self.kind == "longrope") or not all(factor > 0 for factor in factors):
+            raise ValueError(f"a longrope, and no other, has positive factors; got {factors} for {self.kind!r}")
 
     def turned(self, head_dim: int) -> int:
         """How many dimensions of a head of `head_dim` turn."""
@@ -80,9 +87,15 @@ class ModelConfig:
       max_position: longest context the positions were made for, in tokens.
       norm: "rms", or "layer" with a mean taken off and a bias.
       post_norm: each half of a layer norms its result with the residual in it, rather than its input.
+      parallel: both halves of a layer read what the layer was given, rather than the second the first's result.
+      norm_offset: added to the gain of every RMSNorm, which is stored as its distance from it.
       final_norm: whether a norm stands before the output head.
       gated_mlp: down(activation(gate(x)) * up(x)), else down(activation(up(x))).
+      embed_scale: what token embeddings are multiplied by, rounded to their type; None for nothing.
+      scale_dim: scores of attention are divided by its square root; None for that of head_dim.
+      attention_soft_cap, logit_soft_cap: cap * tanh(x / cap) of scores and logits; None for x itself.
       rope: rotary positions; None for a learned table, one row a position.
+      local_rope: those of the layers with a window, if they are others.
       position_offset: rows of the learned table that stand before position 0.
       token_dim: width of the token embeddings and of the output head, which a product leads into and out of
         embed_dim; None where they have embed_dim themselves.
@@ -103,7 +116,9 @@ class ModelConfig:
     norm_eps: float = 1e-5
     activation: Activation = "silu"
     norm: NormKind = "rms"
+    norm_offset: float = 0.0
     post_norm: bool = False
+    parallel: bool = False
     final_norm: bool = True
     gated_mlp: bool = True
     tied_embeddings: bool = False
@@ -111,7 +126,12 @@ class ModelConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    embed_scale: float | None = None
+    scale_dim: int | None = None
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
     rope: RopeConfig | None = RopeConfig()
+    local_rope: RopeConfig | None = None
     position_offset: int = 0
     token_dim: int | None = None
     layer_windows: tuple[int | None, ...] = ()
@@ -130,8 +150,14 @@ class ModelConfig:
             "max_position",
         ):
             _require_positive(name, getattr(self, name))
-        if self.token_dim is not None:
-            _require_positive("token_dim", self.token_dim)
+        for name in ("token_dim", "scale_dim"):
+            if getattr(self, name) is not None:
+                _require_positive(name, getattr(self, name))
+        for name in ("embed_scale", "attention_soft_cap", "logit_soft_cap"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} must be positive; got {value}")
+        if self.norm_offset and self.norm != "rms":
+            raise ValueError(f"norm_offset belongs to RMSNorms; got {self.norm_offset} for {self.norm!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads; got {self.num_heads} and {self.num_kv_heads}"
@@ -143,6 +169,8 @@ class ModelConfig:
             raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}; got {self.activation!r}")
         if self.norm not in get_args(NormKind):
             raise ValueError(f"norm must be one of {', '.join(get_args(NormKind))}; got {self.norm!r}")
+        if self.post_norm and self.parallel:
+            raise ValueError("post_norm and parallel exclude each other; got both")
         for name in ("layer_windows", "unified_max"):
             if (given := getattr(self, name)) and len(given) != self.num_layers:
                 raise ValueError(f"{name} must name {self.num_layers} layers; got {len(given)}")
@@ -151,6 +179,8 @@ class ModelConfig:
                 raise ValueError(f"a sliding window must be a positive number of tokens; got {window}")
 
     def _check_positions(self) -> None:
+        if self.local_rope is not None and (self.rope is None or self.local_rope.kind not in ("default", "linear")):
+            raise ValueError(f"local_rope is default or linear, beside a rope; got {self.local_rope} and {self.rope}")
         if self.rope is None:
             if self.position_offset < 0:
                 raise ValueError(f"position_offset must not be negative; got {self.position_offset}")
@@ -159,6 +189,13 @@ class ModelConfig:
         if turned % 2 or not 0 < turned <= self.head_dim:
             raise ValueError(
                 f"rotary_dim or else head_dim must be even, and at most head_dim; got {turned} of {self.head_dim}"
+            )
+        if self.rope.kind == "longrope" and not (
+            len(self.rope.short_factors) == len(self.rope.long_factors) == turned // 2
+        ):
+            raise ValueError(
+                f"a longrope needs a short and a long factor for each of {turned // 2} pairs; got "
+                f"{len(self.rope.short_factors)} and {len(self.rope.long_factors)}"
             )
         if self.position_offset:
             raise ValueError(f"position_offset belongs to learned positions; got {self.position_offset} beside a rope")
@@ -171,6 +208,30 @@ class ModelConfig:
         """
         if self.rope is None and count > self.max_position:
             raise ValueError(f"the model has {self.max_position} learned positions; {count} were asked for")
+
+    def require_growth(self, first: int, last: int) -> None:
+        """Refuses a sequence that grows from `first` to `last` tokens past the length where a longrope changes.
+
+        Raises:
+          ValueError: the keys in its cache would be turned by the frequencies for short sequences, the new ones by
+            those for long ones, which the model was not made for.
+        """
+        if self.rope is None or self.rope.kind != "longrope" or not self.rope.original_max_len:
+            return
+        if first <= self.rope.original_max_len < last:
+            raise ValueError(
+                f"the model turns by other frequencies beyond {self.rope.original_max_len} tokens: a sequence cannot "
+                f"grow from {first} to {last}; ask for fewer new tokens, then give all of it again as a longer prompt"
+            )
+
+    @property
+    def attention_scale(self) -> float:
+        """What scores of attention are multiplied by."""
+        return (self.scale_dim or self.head_dim) ** -0.5
+
+    def layer_rope(self, layer: int) -> RopeConfig | None:
+        """Rotary positions of one layer, None for learned ones."""
+        return self.rope if self.local_rope is None or self.window(layer) is None else self.local_rope
 
     def window(self, layer: int) -> int | None:
         """Sliding-window length of one layer in tokens, None for full attention."""
@@ -188,13 +249,19 @@ class ModelConfig:
           ValueError: a field is missing, unknown or out of range.
         """
         fields = dict(fields)
-        rope = fields.get("rope", {})
-        fields["rope"] = None if rope is None else _build(RopeConfig, rope)
+        for name, missing in (("rope", {}), ("local_rope", None)):
+            rope = fields.get(name, missing)
+            fields[name] = None if rope is None else _rope_from_dict(rope)
         ranges = fields.get("unified_max") or ()
         fields["unified_max"] = tuple(None if part is None else _build(UnifiedMax, part) for part in ranges)
         for name in ("layer_windows", "eos_token_ids"):
             fields[name] = tuple(fields.get(name) or ())
         return _build(cls, fields)
+
+
+def _rope_from_dict(fields: dict[str, Any]) -> RopeConfig:
+    factors = {name: tuple(fields.get(name) or ()) for name in ("short_factors", "long_factors")}
+    return _build(RopeConfig, {**fields, **factors})
 
 
 def _require_positive(name: str, value: Any) -> None:

@@ -88,6 +88,9 @@ class Run:
     Args:
       prompts: tokens of each row.
       seeds: (seed, sample) of each row; its key is fold_in(key(seed), sample), whatever the other rows are.
+
+    Raises:
+      ValueError: a row would grow past the length where a longrope changes its frequencies.
     """
 
     def __init__(
@@ -102,6 +105,8 @@ class Run:
         eos_token_ids: Sequence[int],
         implementation: str | None = None,
     ):
+        for prompt in prompts:
+            config.require_growth(len(prompt), len(prompt) + max_new_tokens - 1)
         self.timing = Timing()
         self._rows = len(prompts)
         self._buckets = Buckets.of_prompts(prompts, max_new_tokens, config.max_position)

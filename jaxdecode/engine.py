@@ -50,12 +50,12 @@ def extend(
     """
     model = bind_model(config, params)
     positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    rope = model.rope(positions, lengths[:, None])
+    ropes = model.ropes(positions, lengths[:, None])
     seeing = jnp.where(positions < lengths[:, None], positions, -1)  # padding looks at nothing
 
     def layer(index: int, params: Params, x: Array, keys: Array, values: Array) -> tuple[Array, Array, Array, Array]:
         static = config, config.window(index), _softmax(config, index), implementation
-        return _extend_layer(*static, params, x, rope, keys, values, start, seeing)
+        return _extend_layer(*static, params, x, ropes[config.layer_rope(index)], keys, values, start, seeing)
 
     x = model.first_input(tokens, positions, Kernels(implementation=implementation))
     return _run_layers(config, params, layer, x, cache)
@@ -82,7 +82,7 @@ def step(
     # padded once, so that no product has to: their kernels work on eight rows at a time
     padding = padded_rows(batch, implementation, dtype) - batch
     positions = jnp.pad(cache.lengths, (0, padding))
-    rope = model.rope(positions, positions + 1)
+    ropes = model.ropes(positions, positions + 1)
     count = runs_kernels(implementation, dtype) and implementation != INTERPRET
     counters = jax.new_ref(_zero_counters(config, batch)) if count else None
     valid_m = batch if padding else None
@@ -90,7 +90,7 @@ def step(
 
     def layer(index: int, params: Params, x: Array, keys: Array, values: Array) -> tuple[Array, Array, Array, Array]:
         static = config, config.window(index), _softmax(config, index), implementation, valid_m
-        return _step_layer(*static, params, x, rope, keys, values, lengths, counters)
+        return _step_layer(*static, params, x, ropes[config.layer_rope(index)], keys, values, lengths, counters)
 
     kernels = Kernels(implementation=implementation, valid_m=valid_m, counters=counters)
     x = model.first_input(jnp.pad(tokens, (0, padding)), positions, kernels)
@@ -136,7 +136,8 @@ def _zero_counters(config: ModelConfig, batch: int) -> Array:
 def _attention_options(
     config: ModelConfig, window: int | None, softmax: UnifiedMax | None, implementation: str | None
 ) -> dict[str, Any]:
-    options = {"scale": config.head_dim**-0.5, "window": window, "implementation": implementation}
+    options = {"scale": config.attention_scale, "soft_cap": config.attention_soft_cap, "window": window}
+    options |= {"implementation": implementation}
     if softmax is not None:
         options |= {"unified_max": softmax.value, "safe_range": (softmax.lowest, softmax.highest)}
     return options

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jaxtyping import Bool, Float, Int
 
 from jaxdecode.cache import KVCache, init_cache
@@ -126,7 +127,8 @@ def generate(
         choose on the device that JAX runs on.
 
     Raises:
-      ValueError: shapes or sizes that do not fit together, or more tokens than the model has learned positions.
+      ValueError: shapes or sizes that do not fit together, more tokens than the model has learned positions, or (where
+        `lengths` are not traced) a row that grows past the length where a longrope changes its frequencies.
     """
     _check_sizes(config, tokens, lengths, max_new_tokens, max_len)
     arrays = _arrays(tokens, lengths, key, max_new_tokens, token_limits, eos_token_ids, stop_sequences, pad_token_id)
@@ -256,6 +258,7 @@ def stream(
       One step's tokens [batch] (pad where a row had ended), logprobs [batch], and which rows have ended [batch],
       until all have. The next step is already running while the caller looks at this one.
     """
+    _check_growth(config, lengths, options["max_new_tokens"])
     how = {"sampler": sampler, "implementation": implementation}
     state = jit_prefill(params, config, tokens, lengths, key, **how, **options)
     current = newest_column(state)
@@ -411,6 +414,15 @@ def _check_sizes(
     if max_len is not None and max_len < needed:
         raise ValueError(f"max_len must be at least prompt_len + max_new_tokens = {needed}; got {max_len}")
     config.require_positions(needed - 1)  # the last token is never fed
+    _check_growth(config, lengths, max_new_tokens)
+
+
+def _check_growth(config: ModelConfig, lengths: ArrayLike, max_new_tokens: int) -> None:
+    """Refuses rows that a longrope would turn in two ways; traced lengths tell nothing."""
+    if config.rope is None or config.rope.kind != "longrope" or isinstance(lengths, Tracer):
+        return
+    for length in np.unique(np.asarray(lengths)).tolist():
+        config.require_growth(length, length + max_new_tokens - 1)
 
 
 def _arrays(

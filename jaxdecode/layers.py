@@ -67,16 +67,16 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * weight over the last axis, float32 inside."""
+    """x / rms(x) * (weight + offset) over the last axis, float32 inside."""
 
-    def __init__(self, dim: int, eps: float, *, dtype):
-        self.weight = nnx.Param(jnp.ones(dim, dtype))
-        self.eps = eps
+    def __init__(self, dim: int, config: ModelConfig, *, dtype):
+        self.weight = nnx.Param(jnp.full(dim, 1 - config.norm_offset, dtype))
+        self.eps, self.offset = config.norm_eps, config.norm_offset
 
     @property
     def operand(self) -> Norm:
         """What a product takes as the norm before it."""
-        return Norm(weight=self.weight.get_value(), eps=self.eps)
+        return Norm(weight=self.weight.get_value(), eps=self.eps, offset=self.offset)
 
     def __call__(self, x: Array) -> Array:
         return normalize(x, self.operand)
@@ -85,10 +85,10 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """(x - mean(x)) / std(x) * weight + bias over the last axis, float32 inside."""
 
-    def __init__(self, dim: int, eps: float, *, dtype):
+    def __init__(self, dim: int, config: ModelConfig, *, dtype):
         self.weight = nnx.Param(jnp.ones(dim, dtype))
         self.bias = nnx.Param(jnp.zeros(dim, dtype))
-        self.eps = eps
+        self.eps = config.norm_eps
 
     @property
     def operand(self) -> Norm:
@@ -112,14 +112,16 @@ class Attention(nnx.Module):
         self.out = Linear(
             config.num_heads * config.head_dim, config.embed_dim, bias=config.out_bias, dtype=dtype, rngs=rngs
         )
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps, dtype=dtype) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps, dtype=dtype) if config.qk_norm else None
+        self.q_norm = RMSNorm(config.head_dim, config, dtype=dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config, dtype=dtype) if config.qk_norm else None
 
-    def __call__(self, x: Array, norm: Norm | None, attend: Attend, kernels: Kernels) -> Array:
-        """x + attention(norm(x))."""
+    def __call__(
+        self, x: Array, norm: Norm | None, attend: Attend, kernels: Kernels, *, residual: Array | None
+    ) -> Array:
+        """attention(norm(x)) + residual."""
         head_norms = (None if part is None else part.operand for part in (self.q_norm, self.k_norm))
         out = attend(x, Projection(norm, *self.qkv.operands, *head_norms))
-        return linear(out, *self.out.operands, residual=x, **kernels.options)
+        return linear(out, *self.out.operands, residual=residual, **kernels.options)
 
 
 class GatedMLP(nnx.Module):
@@ -131,10 +133,10 @@ class GatedMLP(nnx.Module):
         self.down = Linear(mlp_dim, embed_dim, bias=bias, dtype=dtype, rngs=rngs)
         self.activation = config.activation
 
-    def __call__(self, x: Array, norm: Norm | None, kernels: Kernels) -> Array:
-        """x + mlp(norm(x))."""
+    def __call__(self, x: Array, norm: Norm | None, kernels: Kernels, *, residual: Array | None) -> Array:
+        """mlp(norm(x)) + residual."""
         hidden = gated_linear(x, *self.gate_up.operands, norm=norm, activation=self.activation, **kernels.options)
-        return linear(hidden, *self.down.operands, residual=x, **kernels.options)
+        return linear(hidden, *self.down.operands, residual=residual, **kernels.options)
 
 
 class MLP(nnx.Module):
@@ -146,30 +148,48 @@ class MLP(nnx.Module):
         self.down = Linear(mlp_dim, embed_dim, bias=bias, dtype=dtype, rngs=rngs)
         self.activation = config.activation
 
-    def __call__(self, x: Array, norm: Norm | None, kernels: Kernels) -> Array:
-        """x + mlp(norm(x))."""
+    def __call__(self, x: Array, norm: Norm | None, kernels: Kernels, *, residual: Array | None) -> Array:
+        """mlp(norm(x)) + residual."""
         hidden = linear(x, *self.up.operands, norm=norm, activation=self.activation, **kernels.options)
-        return linear(hidden, *self.down.operands, residual=x, **kernels.options)
+        return linear(hidden, *self.down.operands, residual=residual, **kernels.options)
 
 
 class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); or norm(x + attention(x)), then norm(x + mlp(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    With `post_norm` norm(x + attention(x)), then norm(x + mlp(x)); `parallel`, x + attention(norm(x)) + mlp(norm(x)).
+    """
 
     def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
         norm = NORMS[config.norm]
-        self.attention_norm = norm(config.embed_dim, config.norm_eps, dtype=dtype)
+        self.attention_norm = norm(config.embed_dim, config, dtype=dtype)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.mlp_norm = norm(config.embed_dim, config.norm_eps, dtype=dtype)
+        self.mlp_norm = norm(config.embed_dim, config, dtype=dtype)
         self.mlp = (GatedMLP if config.gated_mlp else MLP)(config, dtype=dtype, rngs=rngs)
-        self.post_norm = config.post_norm
+        self.post_norm, self.parallel = config.post_norm, config.parallel
 
     def __call__(self, x: Array, attend: Attend, kernels: Kernels) -> Array:
         """Runs the layer on x [..., embed_dim]; the leading axes are whatever `attend` understands."""
         if self.post_norm:
-            x = self.attention_norm(self.attention(x, None, attend, kernels))
-            return self.mlp_norm(self.mlp(x, None, kernels))
-        x = self.attention(x, self.attention_norm.operand, attend, kernels)
-        return self.mlp(x, self.mlp_norm.operand, kernels)
+            x = self.attention_norm(self.attention(x, None, attend, kernels, residual=x))
+            return self.mlp_norm(self.mlp(x, None, kernels, residual=x))
+        attended = self.attention(x, self.attention_norm.operand, attend, kernels, residual=x)
+        return self.mlp(x if self.parallel else attended, self.mlp_norm.operand, kernels, residual=attended)
+
+
+class SandwichLayer(DecoderLayer):
+    """x + out_norm(attention(norm(x))), then x + out_norm(mlp(norm(x))): four norms."""
+
+    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
+        super().__init__(config, dtype=dtype, rngs=rngs)
+        norm = NORMS[config.norm]
+        self.attention_out_norm = norm(config.embed_dim, config, dtype=dtype)
+        self.mlp_out_norm = norm(config.embed_dim, config, dtype=dtype)
+
+    def __call__(self, x: Array, attend: Attend, kernels: Kernels) -> Array:
+        attended = self.attention(x, self.attention_norm.operand, attend, kernels, residual=None)
+        x = x + self.attention_out_norm(attended)
+        return x + self.mlp_out_norm(self.mlp(x, self.mlp_norm.operand, kernels, residual=None))
 
 
 def _scaled_normal(rngs: nnx.Rngs, shape: tuple[int, int], dtype) -> Array:

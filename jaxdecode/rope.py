@@ -17,7 +17,7 @@ def rope_table(rope: RopeConfig, rotary_dim: int, positions: Array, context: Arr
     Args:
       rotary_dim: dimensions of a head that turn.
       positions: [...] int32, place of each token in its sequence.
-      context: int32, broadcastable to `positions`: tokens in the sequence so far; only `dynamic` reads it.
+      context: int32, broadcastable to `positions`: tokens in the sequence so far; `dynamic` and `longrope` read it.
 
     Returns:
       Two float32 arrays [..., rotary_dim // 2], multiplied by the attention factor.
@@ -78,4 +78,16 @@ def _yarn(rope: RopeConfig, rotary_dim: int, context: Array) -> np.ndarray:
     return plain / np.float32(rope.factor) * stretched + plain * (1 - stretched)
 
 
-_FREQUENCIES = {"default": _default, "linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn}
+def _longrope(rope: RopeConfig, rotary_dim: int, context: Array) -> Array:
+    """Divides each frequency by one of its two factors, by the context: [..., rotary_dim // 2] (arXiv 2402.13753)."""
+    assert rope.original_max_len is not None
+    sets = (np.asarray(factors, np.float32) for factors in (rope.long_factors, rope.short_factors))
+    powers = np.float32(rope.theta) ** (np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim))
+    long, short = (np.float32(1.0) / (factors * powers) for factors in sets)
+    return jnp.where((context > rope.original_max_len)[..., None], long, short)
+
+
+_FREQUENCIES = {
+    "default": _default, "linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn,
+    "longrope": _longrope,
+}  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 
 from jaxdecode import generation, sampling
 from jaxdecode.config import ModelConfig, RopeConfig
+from jaxdecode.decoding import Run
 from jaxdecode.engine import step
 from jaxdecode.generation import Generation, jit_generate, read_prompt, score, stream
 from jaxdecode.models import build, init_params
@@ -315,3 +316,26 @@ def test_the_module_can_be_differentiated(model):
     nudged = jax.tree.map(lambda leaf, step: leaf - step, params, direction)
     drop = sum(jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True))
     np.testing.assert_allclose(loss(params) - loss(nudged), drop, rtol=0.1)
+
+
+@pytest.mark.usefixtures("as_users_call_it")
+def test_a_sequence_does_not_grow_past_what_a_longrope_was_chosen_for():
+    params, config = tiny_model(**FAMILIES["phi3"])
+    tokens, _ = prompts([1, 1], prompt_len=310)
+    lengths = np.asarray([301, 290])
+    fits = jit_generate(params, config, tokens, lengths, KEY, max_new_tokens=11)
+    assert (fits.tokens == generation.generate(params, config, tokens, lengths, KEY, max_new_tokens=11).tokens).all()
+    refused = r"beyond 300 tokens: a sequence cannot grow from 290 to 301; ask for fewer"
+    with pytest.raises(ValueError, match=refused):
+        generation.generate(params, config, tokens, lengths, KEY, max_new_tokens=12)
+    with pytest.raises(ValueError, match=refused):
+        next(stream(params, config, tokens, lengths, KEY, max_new_tokens=12))
+    with pytest.raises(ValueError, match=refused):
+        Run(params, config, [[1] * 290], seeds=[(0, 0)], sampler=DRAW, max_new_tokens=12, eos_token_ids=[])
+    generation.generate(params, config, tokens[:, :302], lengths[:1].repeat(2), KEY, max_new_tokens=12)
+
+
+def test_scaled_embeddings_are_rounded_as_the_embeddings_are():
+    params, config = tiny_model(dtype=jnp.bfloat16, **FAMILIES["gemma2"] | {"embed_scale": 55.4256})
+    rows = build(config, params).embed(jnp.arange(4))
+    np.testing.assert_array_equal(rows, params["embed"]["weight"][:4] * jnp.bfloat16(55.5))

@@ -182,13 +182,15 @@ def test_shapes_that_do_not_fit_are_named(as_users_call_it, call, message):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("centered", [False, True], ids=["rms", "layer"])
-def test_a_norm_before_a_product(implementation, centered):
+@pytest.mark.parametrize(("centered", "offset"), [(False, 0.0), (False, 1.0), (True, 0.0)], ids=["rms", "one", "layer"])
+def test_a_norm_before_a_product(implementation, centered, offset):
     x, weight = 3 + normal(0, 2, 3, 64), normal(1, 24, 64)
-    norm = Norm(weight=normal(2, 64), bias=normal(3, 64) if centered else None, eps=1e-5, centered=centered)
+    bias = normal(3, 64) if centered else None
+    norm = Norm(weight=normal(2, 64), bias=bias, eps=1e-5, centered=centered, offset=offset)
     wide = np.asarray(x, np.float64)
     wide = wide - wide.mean(-1, keepdims=True) if centered else wide
-    wide = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5) * norm.weight + (norm.bias if centered else 0)
+    wide = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5) * (norm.weight + offset)
+    wide = wide + bias if bias is not None else wide
     y = linear(x, weight, norm=norm, activation="relu", implementation=implementation)
     np.testing.assert_allclose(y, np.maximum(wide @ np.asarray(weight, np.float64).T, 0), atol=2e-4)
     gated = gated_linear(x, weight, norm=norm, activation="relu", implementation=implementation)

@@ -12,7 +12,26 @@ OPT = dict(
 )  # fmt: skip
 OPT_350M = OPT | dict(post_norm=True, final_norm=False, token_dim=16)
 CHATGLM = dict(model_type="chatglm", qkv_bias=True, num_kv_heads=1, rope=RopeConfig(rotary_dim=4))
-FAMILIES = {"opt": OPT, "opt-350m": OPT_350M, "chatglm": CHATGLM}
+GLM = CHATGLM | dict(model_type="glm")
+GPT_NEOX = dict(
+    model_type="gpt_neox", norm="layer", parallel=True, gated_mlp=False, activation="gelu", qkv_bias=True,
+    out_bias=True, mlp_bias=True, num_kv_heads=4, rope=RopeConfig(rotary_dim=4),
+)  # fmt: skip
+_FACTORS = dict(short_factors=(1.0, 1.5, 2.0, 2.5), long_factors=(1.5, 4.0, 7.0, 9.0))
+# beyond 300 tokens, which no test of all families reaches one by one
+PHI3 = dict(model_type="phi3", rope=RopeConfig(kind="longrope", original_max_len=300, attention_factor=1.2, **_FACTORS))
+GEMMA2 = dict(
+    model_type="gemma2", norm_offset=1.0, activation="gelu_tanh", embed_scale=32**0.5, scale_dim=12, norm_eps=1e-6,
+    attention_soft_cap=2.0, logit_soft_cap=5.0, layer_windows=(8, None), tied_embeddings=True,
+)  # fmt: skip
+GEMMA3 = GEMMA2 | dict(
+    model_type="gemma3_text", qk_norm=True, attention_soft_cap=None, logit_soft_cap=None,
+    rope=RopeConfig(kind="linear", theta=1000.0, factor=3.0), local_rope=RopeConfig(theta=10.0),
+)  # fmt: skip
+FAMILIES = {
+    "opt": OPT, "opt-350m": OPT_350M, "chatglm": CHATGLM, "gpt-neox": GPT_NEOX, "phi3": PHI3, "gemma2": GEMMA2,
+    "gemma3": GEMMA3,
+}  # fmt: skip
 
 
 def tiny_config(**changes) -> ModelConfig:

@@ -14,9 +14,14 @@ from jax.typing import DTypeLike
 from jaxdecode.config import ModelConfig
 from jaxdecode.models.chatglm import ChatGLM
 from jaxdecode.models.decoder import Decoder, Params, bind, params_of, project
+from jaxdecode.models.gemma2 import Gemma2
+from jaxdecode.models.gemma3_text import Gemma3Text
+from jaxdecode.models.glm import GLM
+from jaxdecode.models.gpt_neox import GPTNeoX
 from jaxdecode.models.llama import Llama
 from jaxdecode.models.mistral import Mistral
 from jaxdecode.models.opt import OPT
+from jaxdecode.models.phi3 import Phi3
 from jaxdecode.models.qwen2 import Qwen2
 from jaxdecode.models.qwen3 import Qwen3
 
@@ -34,9 +39,14 @@ __all__ = [
 
 MODELS: dict[str, type[Decoder]] = {
     "chatglm": ChatGLM,
+    "gemma2": Gemma2,
+    "gemma3_text": Gemma3Text,
+    "glm": GLM,
+    "gpt_neox": GPTNeoX,
     "llama": Llama,
     "mistral": Mistral,
     "opt": OPT,
+    "phi3": Phi3,
     "qwen2": Qwen2,
     "qwen3": Qwen3,
 }

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxdecode.config import ModelConfig
+from jaxdecode.config import ModelConfig, RopeConfig
 from jaxdecode.layers import NORMS, DecoderLayer, Kernels, Linear, Projection
 from jaxdecode.rope import rope_table
 from pallas_kernels.flat_gemm import linear
@@ -21,13 +21,15 @@ _BY_RULE = Kernels()
 
 
 class Embedding(nnx.Module):
-    """Rows of a table."""
+    """Rows of a table, times a scale that is rounded to their type."""
 
-    def __init__(self, rows: int, dim: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, rows: int, dim: int, *, scale: float | None = None, dtype, rngs: nnx.Rngs):
         self.weight = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (rows, dim), dtype))
+        self.scale = scale
 
     def __call__(self, rows: Array) -> Array:
-        return jnp.take(self.weight.get_value(), rows, axis=0, mode="clip")
+        found = jnp.take(self.weight.get_value(), rows, axis=0, mode="clip")
+        return found if self.scale is None else found * jnp.asarray(self.scale, found.dtype)
 
 
 class Decoder(nnx.Module):
@@ -41,10 +43,10 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
         token_dim = config.token_dim or config.embed_dim
-        self.embed = Embedding(config.vocab_size, token_dim, dtype=dtype, rngs=rngs)
+        self.embed = Embedding(config.vocab_size, token_dim, scale=config.embed_scale, dtype=dtype, rngs=rngs)
         self.layers = nnx.List([self.layer_type(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
         if config.final_norm:
-            self.norm = NORMS[config.norm](config.embed_dim, config.norm_eps, dtype=dtype)
+            self.norm = NORMS[config.norm](config.embed_dim, config, dtype=dtype)
         if not config.tied_embeddings:
             self.head = Linear(token_dim, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)
         if config.rope is None:
@@ -54,10 +56,11 @@ class Decoder(nnx.Module):
             self.token_in = Linear(config.token_dim, config.embed_dim, bias=False, dtype=dtype, rngs=rngs)
             self.token_out = Linear(config.embed_dim, config.token_dim, bias=False, dtype=dtype, rngs=rngs)
 
-    def rope(self, positions: Array, context: Array) -> Rope | None:
-        """cos and sin for tokens at `positions` in sequences that hold `context` tokens; None for learned positions."""
-        rope = self.config.rope
-        return None if rope is None else rope_table(rope, rope.turned(self.config.head_dim), positions, context)
+    def ropes(self, positions: Array, context: Array) -> dict[RopeConfig | None, Rope | None]:
+        """cos and sin for tokens at `positions` in sequences that hold `context` tokens, by the rule of a layer."""
+        rules = dict.fromkeys((self.config.rope, self.config.local_rope or self.config.rope))
+        head_dim = self.config.head_dim
+        return {rule: rule and rope_table(rule, rule.turned(head_dim), positions, context) for rule in rules}
 
     def first_input(self, tokens: Array, positions: Array, kernels: Kernels = _BY_RULE) -> Array:
         """What the first layer takes [..., embed_dim] for tokens [...] at their positions [...]."""
@@ -74,7 +77,9 @@ class Decoder(nnx.Module):
         norm = self.norm.operand if self.config.final_norm else None
         if self.config.token_dim is not None:
             x, norm = linear(x, *self.token_out.operands, norm=norm, **kernels.options), None
-        return linear(x, table.weight.get_value(), norm=norm, out_dtype=jnp.float32, **kernels.options)
+        scores = linear(x, table.weight.get_value(), norm=norm, out_dtype=jnp.float32, **kernels.options)
+        cap = self.config.logit_soft_cap
+        return scores if cap is None else cap * jnp.tanh(scores / cap)
 
     def __call__(self, tokens: Array) -> Array:
         """Logits [batch, n, vocab_size] of whole sequences [batch, n].
@@ -85,10 +90,11 @@ class Decoder(nnx.Module):
         batch, n = tokens.shape
         self.config.require_positions(n)
         positions = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (batch, n))
-        rope = self.rope(positions, jnp.full((batch, 1), n, jnp.int32))
+        ropes = self.ropes(positions, jnp.full((batch, 1), n, jnp.int32))
         kernels = Kernels(implementation="xla")  # unlike our kernels it can be differentiated
         x = self.first_input(tokens, positions, kernels)
         for index, layer in enumerate(self.layers):
+            rope = ropes[self.config.layer_rope(index)]
             attend = functools.partial(_attend_causally, self.config, self.config.window(index), positions, rope)
             x = layer(x, attend, kernels)
         return self.logits(x, kernels)
@@ -108,7 +114,8 @@ def _attend_causally(
     query, *new = project(config, x, projection, rope, implementation="xla")
     keys, values = (jnp.swapaxes(part, 1, 2) for part in new)
     # The definition, since unlike a loop over cache blocks it can be differentiated.
-    options = {"scale": config.head_dim**-0.5, "window": window, "implementation": "reference"}
+    options = {"scale": config.attention_scale, "soft_cap": config.attention_soft_cap, "window": window}
+    options |= {"implementation": "reference"}
     out, _ = prefill_attention(query, keys, values, positions, **options)
     return out.reshape(*x.shape[:-1], -1)
 

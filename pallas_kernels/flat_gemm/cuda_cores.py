@@ -64,14 +64,15 @@ def multiply(
         added = []
         for row, total in enumerate(sums):
             y = x[row][columns].astype(jnp.float32)
-            y = _normed(y, parts, *statistics[row]) if norm else y
+            y = _normed(plan, y, parts, *statistics[row]) if norm else y
             added.append(total + wide * lax.broadcast_in_dim(y, wide.shape, (1,)))
         sums = tuple(added)
     return sums
 
 
-def _normed(y: Array, norm: list[Array], factor: Array, mean: Array | None = None) -> Array:
+def _normed(plan: Plan, y: Array, norm: list[Array], factor: Array, mean: Array | None = None) -> Array:
     gain, *shift = norm
+    gain = gain + plan.norm.offset if plan.norm is not None and plan.norm.offset else gain
     y = (y if mean is None else y - mean) * (gain * factor)
     return y + shift[0] if shift else y
 

@@ -138,13 +138,15 @@ def _norm_heads(plan: Plan, heads: Heads, refs: SimpleNamespace, head, parts: tu
     is_key = jnp.where(head < heads.num_heads + heads.num_kv_heads, 1.0, 0.0) - is_query
     gains, share = [0.0, 0.0], 0.0
     factor: Any = 0.0
-    for ref, eps, chosen in (
-        (refs.query_gain, heads.query_eps, is_query),
-        (refs.key_gain, heads.key_eps, is_key),
+    for ref, eps, offset, chosen in (
+        (refs.query_gain, heads.query_eps, heads.query_offset, is_query),
+        (refs.key_gain, heads.key_eps, heads.key_offset, is_key),
     ):
         if eps is not None:
             pieces = [pl.ds(i * plan.rows, plan.rows) for i in range(2)]
-            gains = [g + _load_columns(ref, piece) * chosen for g, piece in zip(gains, pieces, strict=True)]
+            loaded = [_load_columns(ref, piece) for piece in pieces]
+            loaded = [gain + offset for gain in loaded] if offset else loaded
+            gains = [g + gain * chosen for g, gain in zip(gains, loaded, strict=True)]
             factor = factor + lax.rsqrt(mean + eps) * chosen
             share = share + chosen
     factor = factor + (1.0 - share)

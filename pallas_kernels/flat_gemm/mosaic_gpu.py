@@ -110,13 +110,17 @@ def _plan(launch: Launch, product: _Product) -> Plan:
         dtype=dtype,
         config=config,
         segments=product.segments,
-        norm=norm and NormPlan(eps=norm.eps, centered=norm.centered, bias=norm.bias is not None),
+        norm=norm and _norm_plan(norm),
         activation=product.activation,
         heads=product.heads,
         batch=m if product.heads is None else product.others["lengths"].shape[0],
         tma=bool(launch.interpret) or (target is not None and target.compute_capability >= (9, 0)),
         tensor_cores=not gemv,
     )
+
+
+def _norm_plan(norm: Norm) -> NormPlan:
+    return NormPlan(eps=norm.eps, centered=norm.centered, bias=norm.bias is not None, offset=norm.offset)
 
 
 def _check(launch: Launch, product: _Product, valid: int, target: Target | None) -> None:
@@ -286,6 +290,8 @@ def qkv_linear(
         rotary_dim=0 if cos is None else 2 * cos.shape[-1],
         query_eps=None if q_norm is None else q_norm.eps,
         key_eps=None if k_norm is None else k_norm.eps,
+        query_offset=0.0 if q_norm is None else q_norm.offset,
+        key_offset=0.0 if k_norm is None else k_norm.offset,
     )
     query = _run(
         launch,

@@ -25,6 +25,7 @@ class Heads:
 
     Attributes:
       query_eps, key_eps: of an RMSNorm over each head; None for none.
+      query_offset, key_offset: added to their gains.
     """
 
     num_heads: int
@@ -33,6 +34,8 @@ class Heads:
     rotary_dim: int
     query_eps: float | None = None
     key_eps: float | None = None
+    query_offset: float = 0.0
+    key_offset: float = 0.0
 
     @property
     def block_n(self) -> int | None:
@@ -61,6 +64,7 @@ class NormPlan:
     eps: float
     centered: bool
     bias: bool
+    offset: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -61,6 +61,7 @@ def multiply(
 def _normed(plan: Plan, wide: Array, norm: list[Array], statistics: list[Array]) -> Array:
     """x [chunk, m] after the norm; without statistics it is not divided by its size yet."""
     gain, *shift = (part.astype(jnp.float32) for part in norm)
+    gain = gain + plan.norm.offset if plan.norm is not None and plan.norm.offset else gain
     if not statistics:
         return wide * lax.broadcast_in_dim(gain, wide.shape, (0,))
     factor, *mean = (lax.broadcast_in_dim(part, wide.shape, (1,)) for part in statistics)

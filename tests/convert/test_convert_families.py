@@ -91,6 +91,85 @@ def test_a_chatglm_keeps_pairs_half_a_rotation_apart(tmp_path):
         np.testing.assert_array_equal(view, theirs[order])
 
 
+def test_a_glm_keeps_pairs_half_a_rotation_apart_too(tmp_path):
+    config = tiny_hf.CASES["glm"]  # the heads of the ChatGLM, each tensor by itself
+    weights = tiny_hf.hf_weights(config)
+    convert(made.write_directory(tmp_path / "hf", config), tmp_path / "ours")
+    head = [0, 2, 4, 6, 1, 3, 5, 7, *range(8, 16)]
+    for part in ("weight", "bias"):
+        names = [f"model.layers.1.self_attn.{name}_proj.{part}" for name in "qkv"]
+        turned = [weights[name][[16 * index + row for index in range(heads) for row in head]]
+                  for name, heads in zip(names, (4, 2), strict=False)]  # fmt: skip
+        view = checkpoint.tensor_views(tmp_path / "ours")[f"layers.1.attention.qkv.{part}"]
+        np.testing.assert_array_equal(view, np.concatenate([*turned, weights[names[2]]]))
+
+
+def test_a_gpt_neox_keeps_queries_keys_and_values_apart(tmp_path):
+    """Two heads of 12: each head's query, key and value stand together in the file."""
+    config = tiny_hf.CASES["gpt_neox"]
+    weights = tiny_hf.hf_weights(config)
+    convert(made.write_directory(tmp_path / "hf", config), tmp_path / "ours")
+    order = [36 * head + 12 * part + row for part in range(3) for head in range(2) for row in range(12)]
+    for part in ("weight", "bias"):
+        view = checkpoint.tensor_views(tmp_path / "ours")[f"layers.1.attention.qkv.{part}"]
+        theirs = weights[f"gpt_neox.layers.1.attention.query_key_value.{part}"]
+        np.testing.assert_array_equal(view, theirs[order])
+
+
+def test_what_older_gpt_neox_files_say_is_no_trouble(tmp_path):
+    """Masks and frequencies beside the weights, and the head's other name."""
+    config = tiny_hf.CASES["gpt_neox"]
+    weights = tiny_hf.hf_weights(config)
+    convert(made.write_directory(tmp_path / "plain", config), tmp_path / "a")
+    older = {("lm_head.weight" if name == "embed_out.weight" else name): array for name, array in weights.items()}
+    for layer in range(2):
+        older[f"gpt_neox.layers.{layer}.attention.bias"] = np.ones((1, 1, 4, 4), bool)
+        older[f"gpt_neox.layers.{layer}.attention.masked_bias"] = np.float32([-1e9]).reshape(())
+        older[f"gpt_neox.layers.{layer}.attention.rotary_emb.inv_freq"] = np.ones(3, np.float32)
+    convert(made.write_directory(tmp_path / "older", config, older), tmp_path / "b")
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+
+
+def test_what_no_phi3_may_say_is_said_at_once(tmp_path):
+    said = {
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 0, 2.0], "long_factor": 3},
+        "intermediate_size": None, "sliding_window": 0,
+    }  # fmt: skip
+    made.write_directory(tmp_path / "hf", tiny_hf.CASES["phi3"] | said, tiny_hf.hf_weights(tiny_hf.CASES["phi3"]))
+    with pytest.raises(ConversionError) as caught:
+        convert(tmp_path / "hf", tmp_path / "ours")
+    for problem in (
+        "short_factor must be a list of positive numbers; it is [1.0, 0, 2.0]", "sliding_window must be a positive",
+        "long_factor must be a list of positive numbers; it is 3", "intermediate_size must be a positive integer",
+    ):  # fmt: skip
+        assert problem in str(caught.value)
+    config = tiny_hf.CASES["phi3_longrope"] | {"hidden_size": 32}
+    made.write_directory(tmp_path / "more", config, tiny_hf.hf_weights(config))
+    with pytest.raises(ConversionError, match="a short and a long factor for each of 4 pairs; got 3 and 3"):
+        convert(tmp_path / "more", tmp_path / "ours")
+
+
+def test_what_no_gemma_may_say_is_said_at_once(tmp_path):
+    said = {"use_bidirectional_attention": True, "attn_logit_softcapping": -1, "sliding_window": None}
+    made.write_directory(tmp_path / "hf", tiny_hf.CASES["gemma2"] | said, tiny_hf.hf_weights(tiny_hf.CASES["gemma2"]))
+    with pytest.raises(ConversionError) as caught:
+        convert(tmp_path / "hf", tmp_path / "ours")
+    for problem in (
+        "use_bidirectional_attention is not supported", "attn_logit_softcapping must be a positive number; it is -1",
+        "layer_types names sliding_attention, but",
+    ):  # fmt: skip
+        assert problem in str(caught.value)
+    said |= {"rope_scaling": {"rope_type": "yarn"}, "rope_parameters": {"rope_theta": 3.0}}
+    made.write_directory(tmp_path / "3", tiny_hf.CASES["gemma3"] | said, tiny_hf.hf_weights(tiny_hf.CASES["gemma3"]))
+    with pytest.raises(ConversionError) as caught:
+        convert(tmp_path / "3", tmp_path / "ours")
+    for problem in (
+        "use_bidirectional_attention is not supported", "rope_type 'yarn' is not supported; supported are default, lin",
+        "rope_parameters must hold an object for each of full_attention and sliding_attention",
+    ):  # fmt: skip
+        assert problem in str(caught.value)
+
+
 def test_what_no_chatglm_may_say_is_said_at_once(tmp_path):
     said = {
         "quantization_bit": 4, "rmsnorm": False, "apply_residual_connection_post_layernorm": True,

@@ -58,7 +58,7 @@ def test_every_family_is_among_the_cases():
 
 
 @pytest.mark.parametrize("write", [made.write_sharded, made.write_bin])
-@pytest.mark.parametrize("case", ["llama_bias", "qwen3_bias", "opt_350m", "chatglm"])
+@pytest.mark.parametrize("case", ["llama_bias", "qwen3_bias", "opt_350m", "chatglm", "glm", "gpt_neox"])
 def test_other_containers_give_the_same_hashes(write, case, tmp_path):
     config = tiny_hf.CASES[case]
     convert(made.write_directory(tmp_path / "plain", config), tmp_path / "a")
@@ -75,18 +75,20 @@ def test_chunks_add_up(chunk, tmp_path, monkeypatch):
         "bin": made.write_bin(tmp_path / "bin", config),
         "opt": made.write_directory(tmp_path / "opt", tiny_hf.CASES["opt_350m"]),
         "chatglm": made.write_directory(tmp_path / "chatglm", tiny_hf.CASES["chatglm_ratio"]),
+        "glm": made.write_directory(tmp_path / "glm", tiny_hf.CASES["glm"]),
+        "neox": made.write_directory(tmp_path / "neox", tiny_hf.CASES["gpt_neox"]),
         "gguf": made.write_gguf(tmp_path / "model.gguf", gguf_config, "Q8_0"),
     }
     for name, source in sources.items():
         convert(source, tmp_path / f"{name}-whole", dtype="bfloat16")
-    for name in ("plain", "chatglm"):
+    for name in ("plain", "chatglm", "glm", "neox"):
         export(tmp_path / f"{name}-whole", tmp_path / f"{name}-back-whole")
     monkeypatch.setattr("convert.weights.CHUNK_BYTES", chunk)
     monkeypatch.setattr(sys.modules["convert.export"], "CHUNK_BYTES", chunk)  # convert.export is the function
     for name, source in sources.items():
         convert(source, tmp_path / f"{name}-chunks", dtype="bfloat16")
         assert hashes(tmp_path / f"{name}-chunks") == hashes(tmp_path / f"{name}-whole")
-    for name in ("plain", "chatglm"):
+    for name in ("plain", "chatglm", "glm", "neox"):
         export(tmp_path / f"{name}-chunks", tmp_path / f"{name}-back-chunks")
         expected = hf_weights(tmp_path / f"{name}-back-whole")
         assert_same_bytes(hf_weights(tmp_path / f"{name}-back-chunks"), expected)

@@ -14,6 +14,18 @@ from jaxdecode.config import ModelConfig, RopeConfig
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FACTORS = {"short_factor": [1, 1.5, 2], "long_factor": [1.5, 4, 7]}
+
+
+def longrope(original: int, max_position: int = 120, **changes) -> RopeConfig:
+    magnitude = math.sqrt(1 + math.log(max(max_position / original, 1)) / math.log(original))
+    fields = {"attention_factor": magnitude} | changes
+    return RopeConfig(
+        kind="longrope", theta=100.0, original_max_len=original, short_factors=(1.0, 1.5, 2.0),
+        long_factors=(1.5, 4.0, 7.0), **fields,
+    )  # fmt: skip
+
+
 YARN_FACTOR = 0.1 * math.log(4) + 1
 # changes to a config.json of max_position_embeddings 64 and rope_theta 10000 -> what they mean
 ROPES: dict[str, tuple[dict, RopeConfig]] = {
@@ -129,6 +141,51 @@ def test_windows(name):
         ("chatglm", {"rope_ratio": 50, "_name_or_path": "THUDM/chatglm3-6b-32k"},
          {"rope": RopeConfig(theta=500_000.0, rotary_dim=8)}),
         ("chatglm", {"post_layer_norm": False, "add_bias_linear": True}, {"final_norm": False, "out_bias": True}),
+        ("glm", {}, {"rope": RopeConfig(rotary_dim=8), "qkv_bias": True, "out_bias": False}),
+        ("glm", {"partial_rotary_factor": ..., "attention_bias": ...}, {"rope": RopeConfig(rotary_dim=8),
+                                                                        "qkv_bias": True}),
+        ("glm", {"partial_rotary_factor": 1.0}, {"rope": RopeConfig()}),
+        ("phi3", {}, {"layer_windows": (5, 5), "rope": RopeConfig(), "qkv_bias": False}),
+        ("phi3", {"sliding_window": ...}, {"layer_windows": ()}),
+        ("phi3_longrope", {}, {"rope": longrope(60)}),
+        ("phi3_longrope", {"original_max_position_embeddings": 240}, {"rope": longrope(240, attention_factor=1.0)}),
+        ("phi3_longrope", {"rope_scaling": FACTORS | {"type": "su", "attention_factor": 1.5}},
+         {"rope": longrope(60, attention_factor=1.5)}),
+        ("phi3_longrope", {"rope_scaling": FACTORS | {"type": "yarn", "factor": 8.0}},
+         {"rope": longrope(60, attention_factor=math.sqrt(1 + math.log(8) / math.log(60)))}),
+        ("phi3_longrope", {"original_max_position_embeddings": ..., "max_position_embeddings": 8192,
+                           "rope_scaling": FACTORS | {"rope_type": "longrope", "original_max_position_embeddings": 9}},
+         {"rope": longrope(4096, attention_factor=math.sqrt(1 + math.log(2) / math.log(4096)))}),
+        ("phi3_longrope_part", {}, {"rope": longrope(12, rotary_dim=6, max_position=120)}),
+        ("gemma2", {}, {"layer_windows": (5, None, 5), "scale_dim": 12, "attention_soft_cap": 2.0,
+                        "logit_soft_cap": 5.0, "norm_offset": 1.0, "embed_scale": 24**0.5, "activation": "gelu_tanh"}),
+        ("gemma2", {"final_logit_softcapping": ..., "attn_logit_softcapping": ..., "query_pre_attn_scalar": ...,
+                    "sliding_window": ..., "head_dim": ..., "tie_word_embeddings": ...},
+         {"logit_soft_cap": 30.0, "attention_soft_cap": 50.0, "scale_dim": 256, "layer_windows": (4096, None, 4096),
+          "head_dim": 256, "tied_embeddings": True}),
+        ("gemma2_uncapped", {}, {"layer_windows": (None, 5, 5), "attention_soft_cap": None, "logit_soft_cap": None,
+                                 "qkv_bias": True, "out_bias": True}),
+        ("gemma3", {}, {"layer_windows": (5, None, 5), "qk_norm": True, "attention_soft_cap": None,
+                        "rope": RopeConfig(kind="linear", theta=1000.0, factor=3.0),
+                        "local_rope": RopeConfig(theta=10.0)}),
+        ("gemma3", {"sliding_window_pattern": ..., "rope_theta": ..., "rope_local_base_freq": ...},
+         {"layer_windows": (5, 5, 5), "rope": RopeConfig(kind="linear", theta=1e6, factor=3.0),
+          "local_rope": RopeConfig(theta=1e4)}),
+        ("gemma3", {"layer_types": ["full_attention"] * 3}, {"layer_windows": (), "local_rope": None}),
+        ("gemma3_parameters", {}, {"layer_windows": (None, 5, 5), "logit_soft_cap": 5.0,
+                                   "rope": RopeConfig(theta=100.0), "local_rope": RopeConfig(theta=1000.0)}),
+        ("gpt_neox", {}, {"norm": "layer", "parallel": True, "rope": RopeConfig(rotary_dim=6), "norm_eps": 1e-5,
+                          "num_kv_heads": 2, "head_dim": 12, "gated_mlp": False, "activation": "gelu"}),
+        ("gpt_neox", {"use_parallel_residual": False, "rotary_emb_base": 500, "layer_norm_eps": 0.1},
+         {"parallel": False, "rope": RopeConfig(theta=500.0, rotary_dim=6), "norm_eps": 0.1}),
+        ("gpt_neox", {"rotary_pct": ..., "hidden_size": 32, "num_attention_heads": 2, "attention_bias": ...,
+                      "use_parallel_residual": ..., "hidden_act": ..., "rotary_emb_base": ...},
+         {"rope": RopeConfig(rotary_dim=4), "parallel": True, "qkv_bias": True, "out_bias": True, "mlp_bias": True,
+          "activation": "gelu"}),
+        ("gpt_neox", {"rope_parameters": {"rope_theta": 7.0, "partial_rotary_factor": 1 / 6, "rope_type": "default"}},
+         {"rope": RopeConfig(theta=7.0, rotary_dim=2)}),
+        ("gpt_neox_bare", {}, {"qkv_bias": False, "out_bias": False, "mlp_bias": True, "tied_embeddings": True}),
+        ("glm_bare", {}, {"rope": RopeConfig(kind="linear", factor=3.0, theta=100.0), "qkv_bias": False}),
         ("chatglm", {"layernorm_epsilon": ..., "kv_channels": ...}, {"norm_eps": 1e-5, "head_dim": 128}),
     ],
 )
@@ -136,6 +193,14 @@ def test_fields(case, changes, expected):
     said = {key: value for key, value in (tiny_hf.CASES[case] | changes).items() if value is not ...}
     config = parse_config(said, {})
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192])
+def test_any_even_part_of_a_head_may_turn(head_dim):
+    for turned in range(2, head_dim + 1, 2):
+        config = parse_config(tiny_hf.CASES["glm"] | {"head_dim": head_dim}, {})
+        config = dataclasses.replace(config, rope=RopeConfig(rotary_dim=turned if turned < head_dim else None))
+        assert parse_config(to_hf_config(config, "float32"), {}) == config
 
 
 def test_eos_tokens_of_both_files():
@@ -160,6 +225,10 @@ def test_there_and_back(case):
         ({"model_type": "llama", "layer_windows": (5, 5)}, "no llama config.json means"),
         ({"model_type": "mistral", "layer_windows": (5, None)}, "no mistral config.json means"),
         ({"model_type": "qwen3", "qk_norm": True, "layer_windows": (5, 6)}, r"one window length .* \[5, 6\]"),
+        ({"model_type": "phi3", "layer_windows": (5, None)}, "no phi3 config.json means"),
+        ({"model_type": "phi3", "rope": RopeConfig(kind="linear", factor=2.0)}, "rope_type 'linear' is not supported"),
+        ({"model_type": "gemma2"}, "no gemma2 config.json means"),
+        ({"model_type": "gpt_neox"}, "no gpt_neox config.json means"),
         ({"model_type": "llama", "rope": RopeConfig(kind="dynamic", factor=2.0, original_max_len=5)}, "dynamic rope"),
     ],
 )

@@ -43,6 +43,12 @@ DIFFERENT = [
     ("opt", "opt_350m"),
     ("opt", "opt_bare"),
     ("chatglm", "chatglm_ratio"),
+    ("glm", "glm_bare"),
+    ("gpt_neox", "gpt_neox_sequential"),
+    ("gpt_neox", "gpt_neox_bare"),
+    ("gemma2", "gemma2_uncapped"),
+    ("gemma3", "gemma3_parameters"),
+    ("phi3_longrope", "phi3_longrope_long"),
 ]
 # Rules that must not matter: the same numbers under another name.
 EQUAL = [

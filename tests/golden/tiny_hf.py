@@ -22,6 +22,10 @@ _ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "glm": "GlmForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
 }
 _COMMON = {
     "num_attention_heads": 4,
@@ -101,10 +105,47 @@ def _case(model_type: str, **changes) -> dict:
     return config | changes
 
 
+def _gpt_neox(**changes) -> dict:
+    config = {
+        "model_type": "gpt_neox",
+        "architectures": ["GPTNeoXForCausalLM"],
+        "vocab_size": 48,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 73,
+        "layer_norm_eps": 1e-5,
+        "hidden_act": "gelu",
+        "rotary_pct": 0.5,
+        "rotary_emb_base": 10000,
+        "use_parallel_residual": True,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+    }
+    return _COMMON | config | changes
+
+
+def _small(model_type: str, **changes) -> dict:
+    # Golden files of the later families are to be small.
+    return _case(model_type, **_COMMON | {"vocab_size": 48, "intermediate_size": 40} | changes)
+
+
 def _llama_rope(max_position: int = 64, **scaling) -> dict:
     # A small base and eight pairs: 19 positions tell the variants apart.
     rope = {"rope_theta": 100.0, "rope_scaling": scaling or None}
     return _case("llama", max_position_embeddings=max_position, head_dim=16, **rope)
+
+
+def _phi3_longrope(original: int, **changes) -> dict:
+    factors = {"short_factor": [1.0, 1.5, 2.0], "long_factor": [1.5, 4.0, 7.0]}
+    lengths = {"max_position_embeddings": 120, "original_max_position_embeddings": original}
+    return _small("phi3", rope_theta=100.0, rope_scaling={"type": "longrope", **factors}, **lengths, **changes)
+
+
+def _gemma(model_type: str, **changes) -> dict:
+    config = {"num_hidden_layers": 3, "head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 5}
+    config |= {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
+    return _small(model_type, **config | changes)
 
 
 _LLAMA3 = {
@@ -167,6 +208,45 @@ CASES: dict[str, dict] = {
     "opt_bare": _opt(enable_bias=False, _remove_final_layer_norm=True, tie_word_embeddings=False),
     "chatglm": _chatglm(),
     "chatglm_ratio": _chatglm(rope_ratio=0.01, kv_channels=24, multi_query_group_num=1),
+    "glm": _small("glm", head_dim=16, attention_bias=True, partial_rotary_factor=0.5),
+    "glm_bare": _small(
+        "glm",
+        head_dim=12,
+        attention_bias=False,
+        rope_theta=None,
+        rope_parameters={"rope_type": "linear", "factor": 3.0, "rope_theta": 100.0, "partial_rotary_factor": 1.0},
+        tie_word_embeddings=True,
+    ),
+    "gpt_neox": _gpt_neox(),
+    "gpt_neox_sequential": _gpt_neox(use_parallel_residual=False, hidden_act="gelu_pytorch_tanh", rotary_emb_base=100),
+    "gpt_neox_bare": _gpt_neox(attention_bias=False, num_attention_heads=3, rotary_pct=0.25, tie_word_embeddings=True),
+    "phi3": _small("phi3", sliding_window=5, tie_word_embeddings=True),
+    "phi3_longrope": _phi3_longrope(60),
+    "phi3_longrope_long": _phi3_longrope(12),
+    "phi3_longrope_part": _phi3_longrope(12, hidden_size=32, partial_rotary_factor=0.75),
+    "gemma2": _gemma("gemma2", attn_logit_softcapping=2.0, final_logit_softcapping=5.0),
+    "gemma2_uncapped": _gemma(
+        "gemma2",
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        attention_bias=True,
+        tie_word_embeddings=False,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+    ),
+    "gemma3": _gemma(
+        "gemma3_text",
+        sliding_window_pattern=2,
+        rope_theta=1000.0,
+        rope_local_base_freq=10.0,
+        rope_scaling={"rope_type": "linear", "factor": 3.0},
+    ),
+    "gemma3_parameters": _gemma(
+        "gemma3_text",
+        rope_theta=None,
+        rope_parameters={"full_attention": {"rope_theta": 100.0}, "sliding_attention": {"rope_theta": 1000.0}},
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        final_logit_softcapping=5.0,
+    ),
 }
 for _config in CASES.values():
     if _config.get("rope_theta", 1) is None:
@@ -179,7 +259,7 @@ def vocab_size(config: dict) -> int:
 
 def weight_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """Every weight of a case by its Hugging Face name, [out, in]."""
-    own = {"opt": _opt_shapes, "chatglm": _chatglm_shapes}.get(config["model_type"])
+    own = {"opt": _opt_shapes, "chatglm": _chatglm_shapes, "gpt_neox": _gpt_neox_shapes}.get(config["model_type"])
     return own(config) if own else _llama_shapes(config)
 
 
@@ -229,6 +309,26 @@ def _chatglm_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _gpt_neox_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    hidden, mlp, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    shapes, norms = {"gpt_neox.embed_in.weight": (vocab, hidden)}, ["gpt_neox.final_layer_norm"]
+    linears = {
+        "attention.query_key_value": (3 * hidden, hidden, config["attention_bias"]),
+        "attention.dense": (hidden, hidden, config["attention_bias"]),
+        "mlp.dense_h_to_4h": (mlp, hidden, True),
+        "mlp.dense_4h_to_h": (hidden, mlp, True),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"gpt_neox.layers.{layer}."
+        for name, (out, inner, bias) in linears.items():
+            shapes[f"{prefix}{name}.weight"] = (out, inner)
+            if bias:
+                shapes[f"{prefix}{name}.bias"] = (out,)
+        norms += [prefix + norm for norm in ("input_layernorm", "post_attention_layernorm")]
+    shapes |= {f"{norm}.{part}": (hidden,) for norm in norms for part in ("weight", "bias")}
+    return shapes if config["tie_word_embeddings"] else shapes | {"embed_out.weight": (vocab, hidden)}
+
+
 def _llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     hidden, mlp, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // heads
@@ -239,6 +339,8 @@ def _llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     qkv_bias = kind == "qwen2" or config.get("attention_bias", False)
     out_bias = kind != "qwen2" and config.get("attention_bias", False)
     mlp_bias = config.get("mlp_bias", False)
+    if kind == "glm":
+        qkv_bias, out_bias = config["attention_bias"], False
     linears = {
         "self_attn.q_proj": (heads * head_dim, hidden, qkv_bias),
         "self_attn.k_proj": (kv_heads * head_dim, hidden, qkv_bias),
@@ -248,6 +350,13 @@ def _llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (mlp, hidden, mlp_bias),
         "mlp.down_proj": (hidden, mlp, mlp_bias),
     }
+    if kind == "phi3":
+        for name in "qkv":
+            del linears[f"self_attn.{name}_proj"]
+        linears["self_attn.qkv_proj"] = ((heads + 2 * kv_heads) * head_dim, hidden, False)
+    if kind in ("glm", "phi3"):
+        del linears["mlp.gate_proj"], linears["mlp.up_proj"]
+        linears["mlp.gate_up_proj"] = (2 * mlp, hidden, False)
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         for name, (out, inner, bias) in linears.items():
@@ -255,8 +364,10 @@ def _llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
             if bias:
                 shapes[f"{prefix}{name}.bias"] = (out,)
         norms = ["input_layernorm", "post_attention_layernorm"]
+        if kind.startswith("gemma"):
+            norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
         shapes |= {f"{prefix}{norm}.weight": (hidden,) for norm in norms}
-        if kind == "qwen3":
+        if kind in ("qwen3", "gemma3_text"):
             shapes |= {f"{prefix}self_attn.{norm}.weight": (head_dim,) for norm in ("q_norm", "k_norm")}
     return shapes
 
@@ -272,11 +383,11 @@ def _weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
         values = 0.5 * normal
     elif len(shape) == 1:
         values = 1 + 0.3 * normal
-    elif "embed" in name:
+    elif "embed" in name and "embed_out" not in name:
         values = normal
     else:
         # Queries and keys are made large, so that attention is sharp and a wrong position shows.
-        gain = 2.0 if any(part in name for part in (".q_proj", ".k_proj", "query_key_value")) else 1.0
+        gain = 2.0 if any(part in name for part in (".q_proj", ".k_proj", "query_key_value", "qkv_proj")) else 1.0
         values = gain * normal / np.sqrt(shape[1])
     return values.astype(np.float32)
 

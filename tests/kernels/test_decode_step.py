@@ -12,7 +12,7 @@ import pytest
 from jaxdecode.config import ModelConfig, RopeConfig, UnifiedMax
 from jaxdecode.generation import jit_generate, stream
 from jaxdecode.models import init_params
-from tests.tiny import CHATGLM, OPT, OPT_350M, lively_params
+from tests.tiny import CHATGLM, GEMMA2, GEMMA3, GLM, GPT_NEOX, OPT, OPT_350M, lively_params
 
 LLAMA = ModelConfig(
     model_type="llama", vocab_size=256, embed_dim=128, mlp_dim=192, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -21,12 +21,21 @@ LLAMA = ModelConfig(
 # the second layer's range is left by some rows of attention: those are computed again
 RANGES = UnifiedMax(value=0.0, lowest=-20.0, highest=20.0), UnifiedMax(value=0.0, lowest=-20.0, highest=0.5)
 CALIBRATED = dataclasses.replace(LLAMA, unified_max=RANGES)
+LONGROPE = RopeConfig(
+    kind="longrope", original_max_len=30, attention_factor=1.2, short_factors=(1.5,) * 32, long_factors=(4.0,) * 32
+)
 CONFIGS = {
     "online": LLAMA,
     "unified": CALIBRATED,
     "opt": dataclasses.replace(LLAMA, **OPT),
     "opt-350m": dataclasses.replace(LLAMA, **OPT_350M | {"token_dim": 64}),
     "chatglm": dataclasses.replace(LLAMA, **CHATGLM | {"head_dim": 128, "rope": RopeConfig(rotary_dim=64)}),
+    "gpt-neox": dataclasses.replace(LLAMA, **GPT_NEOX | {"head_dim": 128, "rope": RopeConfig(rotary_dim=64)}),
+    "pythia": dataclasses.replace(LLAMA, **GPT_NEOX | {"rope": RopeConfig(rotary_dim=32)}),
+    "phi3": dataclasses.replace(LLAMA, model_type="phi3", layer_windows=(16, 16), rope=LONGROPE),
+    "gemma2": dataclasses.replace(LLAMA, **GEMMA2 | {"layer_windows": (16, None), "embed_scale": 128**0.5}),
+    "gemma3": dataclasses.replace(LLAMA, **GEMMA3 | {"layer_windows": (16, None), "embed_scale": 128**0.5}),
+    "glm": dataclasses.replace(LLAMA, **GLM | {"head_dim": 128, "rope": RopeConfig(rotary_dim=64)}),
 }
 INTERPRET = "mosaic_gpu_interpret"
 

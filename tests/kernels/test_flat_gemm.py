@@ -7,6 +7,7 @@ One body for both implementations. Faults that were put into the kernels, and th
     statistics without the loads left over by eight          layer norm, and gemv's norm
     LayerNorm without the shift by the first element,        layer norm; a mean far from zero
       or without the mean
+    a norm's gain without its offset                         norm with an offset
     LayerNorm without its bias                               layer norm bias
     gemv drops its first row, or multiplies one twice        gemv: plain, residual
     gemv leaves padding what bias and residual make of it    gemv: bias, residual
@@ -38,6 +39,7 @@ OPTIONS = {
     "gelu": {"bias": True, "activation": "gelu", "residual": True},
     "gelu_tanh": {"activation": "gelu_tanh", "k": 160, "config": blocks(block_k=32)},
     "norm": {"norm": "rms", "k": 192, "config": blocks(block_k=64)},
+    "norm with an offset": {"norm": "rms offset", "k": 192, "config": blocks(block_k=64)},
     "layer norm": {"norm": "layer", "k": 192, "config": blocks(block_k=64), "mean": 5.0},
     "layer norm bias": {"norm": "layer bias", "bias": True, "residual": True},
     "gated": {"gated": True, "bias": True, "norm": "rms", "k": 160, "config": blocks(block_k=32)},

@@ -103,7 +103,8 @@ class Case:
 def norm_of(kind: str | None, arrays: dict[str, jax.Array]) -> Norm | None:
     if kind is None:
         return None
-    return Norm(weight=arrays["gain"], bias=arrays.get("shift"), centered=kind.startswith("layer"))
+    offset = 0.7 if kind.endswith("offset") else 0.0
+    return Norm(weight=arrays["gain"], bias=arrays.get("shift"), centered=kind.startswith("layer"), offset=offset)
 
 
 def close(found, expected: np.ndarray, dtype: str) -> None:
