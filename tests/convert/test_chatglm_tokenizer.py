@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
-import sys
 from pathlib import Path
 
 import made
@@ -213,13 +211,12 @@ def test_pieces_of_text_as_they_come(tokenizer, original):
         assert "".join(pieces) == builder.text == f" {text}"
 
 
-def test_a_model_generates_and_chats_without_its_code(converted, run, monkeypatch):
+def test_a_model_generates_and_chats_without_its_code(converted, run):
     model = load(converted)
     assert model.generate("你好", chat=True, max_new_tokens=5)[0].prompt_tokens == len(model.encode("你好", chat=True))
     code, out, _ = run("generate", converted, "--chat", "--prompt", "你好", "--max-new-tokens", 4, "--json")
     assert code == 0 and json.loads(out)["tokens"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("你好\nfox\n/exit\n"))
-    code, out, err = run("chat", converted, "--max-new-tokens", 4)
+    code, out, err = run("chat", converted, "--max-new-tokens", 4, stdin="你好\nfox\n/exit\n")
     assert code == 0 and err.count("prompt tokens") == 2 and "error" not in err
     written = sorted(file.name for file in (converted / "tokenizer").iterdir())
     assert written == ["tokenizer.json", "tokenizer_config.json"]

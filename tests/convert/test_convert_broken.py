@@ -150,7 +150,7 @@ config_case(
 config_case("groups_do_not_divide", {"num_key_value_heads": 3}, "num_heads must be a multiple of num_kv_heads")
 config_case("odd_head_dim", {"head_dim": 7}, "head_dim must be even")
 config_case("unknown_activation", {"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu'", "silu")
-config_case("unknown_rope", {"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope'", "yarn")
+config_case("unknown_rope", {"rope_scaling": {"rope_type": "ntk"}}, "rope_type 'ntk'", "yarn")
 config_case("rope_without_factor", {"rope_scaling": {"type": "linear"}}, "factor must be a positive number", "missing")
 config_case("rope_is_a_list", {"rope_scaling": [1]}, "rope_scaling must be an object or null")
 config_case("partial_rotary", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5")

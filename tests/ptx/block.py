@@ -155,14 +155,13 @@ class Block:
         Raises:
           Fault: with the instruction at fault named.
         """
-        with np.errstate(all="ignore"):
-            while self.choose():
-                try:
-                    yield from self.run_together()
-                except Fault as fault:
-                    if fault.where is not None:
-                        raise
-                    raise Fault(fault.kind, fault.message, self.describe()) from None
+        while self.choose():
+            try:
+                yield from self.run_together()
+            except Fault as fault:
+                if fault.where is not None:
+                    raise
+                raise Fault(fault.kind, fault.message, self.describe()) from None
 
     def describe(self) -> str:
         threads = self.index if len(self.index) else self.everyone

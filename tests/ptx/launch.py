@@ -176,7 +176,8 @@ class Launch:
             turn = self.random.randrange(len(running)) if self.random else (turn + bool(idle)) % len(running)
             block, steps = running[turn]
             before = self.memory.changes + block.shared.changes
-            event = next(steps, None)
+            with np.errstate(all="ignore"):  # not in the block: a fault may leave it for a garbage collector to end
+                event = next(steps, None)
             if event is None:
                 del running[turn]
             moved = event != "atomic" or self.memory.changes + block.shared.changes != before
