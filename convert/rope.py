@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ def parse_rope(fields: Fields, family: Family, max_position: int, head_dim: int)
     config, partial = fields.config, family.partial_rotary
     parameters = _parameters(config, found)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind not in family.rope_kinds:
+    if not isinstance(kind, str) or kind not in family.rope_kinds:
         found.append(
             f"config.json: rope_type {kind!r:.80} is not supported; supported are {', '.join(family.rope_kinds)}"
         )
@@ -119,7 +120,7 @@ def _longrope(fields: Fields, beside: Any, max_position: int) -> dict[str, Any]:
     original, factors = _original(fields, beside, max_position), {}
     for name in ("short_factor", "long_factor"):
         given = fields.get(name)
-        good = isinstance(given, list) and all(isinstance(x, int | float) and x > 0 for x in given) and len(given)
+        good = isinstance(given, list) and len(given) and all(map(_is_factor, given))
         if not good:
             fields.problems.append(f"config.json: {name} must be a list of positive numbers; it is {given!r:.80}")
         factors[f"{name}s"] = tuple(map(float, given)) if good else (1.0,)
@@ -128,11 +129,19 @@ def _longrope(fields: Fields, beside: Any, max_position: int) -> dict[str, Any]:
     else:
         factor = fields.number("factor") if fields.config.get("factor") is not None else max_position / original
         magnitude = _longrope_magnitude(factor, original)
+    if magnitude == math.inf:
+        fields.problems.append("config.json: original_max_position_embeddings of a longrope must exceed 1; it is 1")
     return {"original_max_len": original, "attention_factor": magnitude, **factors}
 
 
+def _is_factor(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+
+
 def _longrope_magnitude(factor: float, original: int) -> float:
-    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    if factor <= 1:
+        return 1.0
+    return math.inf if original == 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def _original(fields: Fields, beside: Any, max_position: int) -> int:

@@ -110,9 +110,9 @@ def test_every_config_field_has_a_reader(config_type):
     files = [file for file in sources("jaxdecode", "pallas_kernels") if file.name != "config.py"]
     read = {node.attr for file in files for node in ast.walk(ast.parse(file.read_text()))
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}  # fmt: skip
-    # `window(layer)` is how layer_windows is read, `attention_scale` how scale_dim is.
-    read |= {"layer_windows"} if "window" in read else set()
-    read |= {"scale_dim"} if "attention_scale" in read else set()
+    # `window(layer)` is how layer_windows is read, and `attention_scale` how scale_dim is.
+    through = {"window": "layer_windows", "attention_scale": "scale_dim"}
+    read |= {field for method, field in through.items() if method in read}
     unread = {field.name for field in dataclasses.fields(config_type)} - read
     assert not unread, f"nothing reads {sorted(unread)} of {config_type.__name__}"
 

@@ -20,12 +20,13 @@ GPT_NEOX = dict(
 _FACTORS = dict(short_factors=(1.0, 1.5, 2.0, 2.5), long_factors=(1.5, 4.0, 7.0, 9.0))
 # beyond 300 tokens, which no test of all families reaches one by one
 PHI3 = dict(model_type="phi3", rope=RopeConfig(kind="longrope", original_max_len=300, attention_factor=1.2, **_FACTORS))
+# embeddings scaled as Gemma's would outshine what the layers add, and a tied head would repeat the last token
 GEMMA2 = dict(
-    model_type="gemma2", norm_offset=1.0, activation="gelu_tanh", embed_scale=32**0.5, scale_dim=12, norm_eps=1e-6,
-    attention_soft_cap=2.0, logit_soft_cap=5.0, layer_windows=(8, None), tied_embeddings=True,
+    model_type="gemma2", norm_offset=1.0, activation="gelu_tanh", embed_scale=0.6, scale_dim=48, norm_eps=1e-6,
+    attention_soft_cap=2.0, logit_soft_cap=3.0, layer_windows=(8, None),
 )  # fmt: skip
 GEMMA3 = GEMMA2 | dict(
-    model_type="gemma3_text", qk_norm=True, attention_soft_cap=None, logit_soft_cap=None,
+    model_type="gemma3_text", qk_norm=True, attention_soft_cap=None,
     rope=RopeConfig(kind="linear", theta=1000.0, factor=3.0), local_rope=RopeConfig(theta=10.0),
 )  # fmt: skip
 FAMILIES = {

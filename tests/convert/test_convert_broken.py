@@ -150,7 +150,12 @@ config_case(
 config_case("groups_do_not_divide", {"num_key_value_heads": 3}, "num_heads must be a multiple of num_kv_heads")
 config_case("odd_head_dim", {"head_dim": 7}, "head_dim must be even")
 config_case("unknown_activation", {"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu'", "silu")
-config_case("unknown_rope", {"rope_scaling": {"rope_type": "ntk"}}, "rope_type 'ntk'", "yarn")
+config_case("unknown_rope", {"rope_scaling": {"rope_type": "shortrope"}}, "rope_type 'shortrope'", "yarn")
+config_case("rope_type_is_a_list", {"rope_scaling": {"rope_type": ["yarn"]}}, "rope_type ['yarn'] is not supported")
+config_case("longrope_without_factors", {"rope_scaling": {"rope_type": "longrope", "long_factor": [1, 10**400]}},
+            "short_factor must be a list of positive numbers; it is None", "long_factor must be a list")  # fmt: skip
+config_case("longrope_from_nothing", {"rope_scaling": {"rope_type": "longrope", "short_factor": [1], "long_factor": [1],
+            "original_max_position_embeddings": 1}}, "original_max_position_embeddings of a longrope")  # fmt: skip
 config_case("rope_without_factor", {"rope_scaling": {"type": "linear"}}, "factor must be a positive number", "missing")
 config_case("rope_is_a_list", {"rope_scaling": [1]}, "rope_scaling must be an object or null")
 config_case("partial_rotary", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5")

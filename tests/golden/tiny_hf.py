@@ -144,7 +144,7 @@ def _phi3_longrope(original: int, **changes) -> dict:
 
 def _gemma(model_type: str, **changes) -> dict:
     config = {"num_hidden_layers": 3, "head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 5}
-    config |= {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
+    config |= {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": False, "rms_norm_eps": 1e-6}
     return _small(model_type, **config | changes)
 
 
@@ -230,7 +230,6 @@ CASES: dict[str, dict] = {
         attn_logit_softcapping=None,
         final_logit_softcapping=None,
         attention_bias=True,
-        tie_word_embeddings=False,
         layer_types=["full_attention", "sliding_attention", "sliding_attention"],
     ),
     "gemma3": _gemma(
@@ -246,6 +245,7 @@ CASES: dict[str, dict] = {
         rope_parameters={"full_attention": {"rope_theta": 100.0}, "sliding_attention": {"rope_theta": 1000.0}},
         layer_types=["full_attention", "sliding_attention", "sliding_attention"],
         final_logit_softcapping=5.0,
+        tie_word_embeddings=True,
     ),
 }
 for _config in CASES.values():

@@ -33,8 +33,8 @@ CONFIGS = {
     "gpt-neox": dataclasses.replace(LLAMA, **GPT_NEOX | {"head_dim": 128, "rope": RopeConfig(rotary_dim=64)}),
     "pythia": dataclasses.replace(LLAMA, **GPT_NEOX | {"rope": RopeConfig(rotary_dim=32)}),
     "phi3": dataclasses.replace(LLAMA, model_type="phi3", layer_windows=(16, 16), rope=LONGROPE),
-    "gemma2": dataclasses.replace(LLAMA, **GEMMA2 | {"layer_windows": (16, None), "embed_scale": 128**0.5}),
-    "gemma3": dataclasses.replace(LLAMA, **GEMMA3 | {"layer_windows": (16, None), "embed_scale": 128**0.5}),
+    "gemma2": dataclasses.replace(LLAMA, **GEMMA2 | {"layer_windows": (16, None)}),
+    "gemma3": dataclasses.replace(LLAMA, **GEMMA3 | {"layer_windows": (16, None)}),
     "glm": dataclasses.replace(LLAMA, **GLM | {"head_dim": 128, "rope": RopeConfig(rotary_dim=64)}),
 }
 INTERPRET = "mosaic_gpu_interpret"
