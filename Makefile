@@ -28,7 +28,7 @@ test-compiled: env-check
 	.venv-check/bin/jaxdecode check llama2-7b opt-6.7b chatglm2-6b --batch 1,8 --strict \
 		--gpu a100-80gb --gpu rtx3090 --gpu rtx4090 --gpu h100
 
-# Every cell of the paper's figure compiled for its card: about ten minutes. Its tables go to benchmarks/results/compiled.
+# Every cell of the paper's figure compiled for its card: a quarter of an hour. Its tables go to benchmarks/results/compiled.
 check-figure: env-check
 	.venv-check/bin/python benchmarks/figure_cells.py --csv benchmarks/results/compiled/cells.csv \
 		--kernels benchmarks/results/compiled/kernels.csv

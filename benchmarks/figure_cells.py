@@ -1,6 +1,6 @@
 """Checks every cell of the paper's decode figure on its card, without a card: compiled and modelled, nothing is run.
 
-    python benchmarks/figure_cells.py                  # all six panels: about ten minutes on two cores
+    python benchmarks/figure_cells.py                  # all six panels: a quarter of an hour on two cores
     python benchmarks/figure_cells.py --csv cells.csv --kernels kernels.csv
 
 Three models on an A100 (80 GB) and an RTX 3090, batch 1 to 8, each panel with four contexts. OPT is given as many
@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from jaxdecode.aot.check import Assumptions, Cell, Question, check_cells, find_model, versions
+from jaxdecode.aot.check import Assumptions, Cell, Question, ask, check_cells, find_model, versions
 from jaxdecode.aot.check.table import WIDTH, show_cells
 from jaxdecode.cli.progress import counter
 from pallas_kernels.targets import find_target
@@ -33,15 +33,11 @@ BATCHES = (1, 2, 4, 8)
 def questions() -> list[Question]:
     """The figure's cells, panel by panel."""
     return [
-        Question(
-            model=model, config=find_model(model)[1], dtype="float16", target=find_target(card), batch=batch,
-            context=context,
-        ).with_positions()
+        question.with_positions()
         for card, contexts in CONTEXTS.items()
         for model in MODELS
-        for batch in BATCHES
-        for context in contexts
-    ]  # fmt: skip
+        for question in ask(find_model(model), targets=[find_target(card)], batches=BATCHES, contexts=contexts)
+    ]
 
 
 def cell_row(cell: Cell) -> dict[str, Any]:
@@ -86,7 +82,8 @@ def kernel_rows(cell: Cell) -> Iterator[dict[str, Any]]:
 
 def write(file: Path, rows: list[dict[str, Any]]) -> None:
     """Writes rows with the versions that they hold for."""
-    rows = [row | versions() for row in rows]
+    installed = versions()
+    rows = [row | installed for row in rows]
     with file.open("w", newline="") as out:
         writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()

@@ -28,6 +28,11 @@ class KVCache:
     lengths: Array
 
 
+def cache_slots(tokens: int) -> int:
+    """Slots that a cache has for that many tokens: a multiple of 32, so that attention reads whole blocks."""
+    return -(-tokens // 32) * 32
+
+
 def init_cache(config: ModelConfig, batch: int, max_len: int, dtype: DTypeLike) -> KVCache:
     """An empty cache of `max_len` slots a sequence."""
     shape = (batch, config.num_kv_heads, max_len, config.head_dim)

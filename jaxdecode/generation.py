@@ -15,18 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.core import Tracer
 from jaxtyping import Bool, Float, Int
 
-from jaxdecode.cache import KVCache, init_cache
+from jaxdecode.arguments import ArrayLike, check_growth, check_sizes, to_arrays
+from jaxdecode.cache import KVCache, cache_slots, init_cache
 from jaxdecode.config import ModelConfig
 from jaxdecode.engine import extend, for_each_chunk, logits, prefill_chunks, step
 from jaxdecode.fold import foldable, match_varying
 from jaxdecode.models import Params
 from jaxdecode.sampling import Greedy
-
-ArrayLike = Array | np.ndarray
-_SLOTS = 32  # a cache has a multiple of it, so that attention reads whole blocks
 
 PREFILL_CHUNKS = (
     256,
@@ -130,8 +127,8 @@ def generate(
       ValueError: shapes or sizes that do not fit together, more tokens than the model has learned positions, or (where
         `lengths` are not traced) a row that grows past the length where a longrope changes its frequencies.
     """
-    _check_sizes(config, tokens, lengths, max_new_tokens, max_len)
-    arrays = _arrays(tokens, lengths, key, max_new_tokens, token_limits, eos_token_ids, stop_sequences, pad_token_id)
+    check_sizes(config, tokens, lengths, max_new_tokens, max_len)
+    arrays = to_arrays(tokens, lengths, key, max_new_tokens, token_limits, eos_token_ids, stop_sequences, pad_token_id)
 
     def run(params, sampler, *arrays):
         state = _prefill(config, max_new_tokens, max_len, implementation, params, sampler, *arrays)
@@ -157,8 +154,8 @@ def prefill(
     implementation: str | None = None,
 ) -> DecodeState:
     """Reads the prompts and draws the first token of every row; arguments as for `generate`."""
-    _check_sizes(config, tokens, lengths, max_new_tokens, max_len)
-    arrays = _arrays(tokens, lengths, key, max_new_tokens, token_limits, eos_token_ids, stop_sequences, pad_token_id)
+    check_sizes(config, tokens, lengths, max_new_tokens, max_len)
+    arrays = to_arrays(tokens, lengths, key, max_new_tokens, token_limits, eos_token_ids, stop_sequences, pad_token_id)
     return _prefill(config, max_new_tokens, max_len, implementation, params, sampler, *arrays)
 
 
@@ -258,7 +255,7 @@ def stream(
       One step's tokens [batch] (pad where a row had ended), logprobs [batch], and which rows have ended [batch],
       until all have. The next step is already running while the caller looks at this one.
     """
-    _check_growth(config, lengths, options["max_new_tokens"])
+    check_growth(config, lengths, options["max_new_tokens"])
     how = {"sampler": sampler, "implementation": implementation}
     state = jit_prefill(params, config, tokens, lengths, key, **how, **options)
     current = newest_column(state)
@@ -358,7 +355,7 @@ def read_prompt(
         return cache, jnp.where(here[:, None], x[rows, jnp.clip(place, 0, size - 1)], last), total + recomputed
 
     dtype = _dtype(params)
-    slots = -(-max(max_len, tokens.shape[1]) // _SLOTS) * _SLOTS
+    slots = cache_slots(max(max_len, tokens.shape[1]))
     cache = init_cache(config, tokens.shape[0], slots, dtype)
     last = jnp.zeros((tokens.shape[0], config.embed_dim), dtype)
     carry = match_varying((cache, last, jnp.zeros_like(lengths)), like=tokens)
@@ -399,78 +396,6 @@ def _logprob(scores: Array, tokens: Array) -> Array:
     """log softmax(scores)[tokens] for scores [..., vocab_size] and tokens [...]."""
     picked = jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]
     return picked - jax.nn.logsumexp(scores, axis=-1)
-
-
-def _check_sizes(
-    config: ModelConfig, tokens: ArrayLike, lengths: ArrayLike, max_new_tokens: int, max_len: int | None
-) -> None:
-    if tokens.ndim != 2 or 0 in tokens.shape:
-        raise ValueError(f"tokens must be [batch, prompt_len], neither of them 0; got {tokens.shape}")
-    if lengths.shape != tokens.shape[:1]:
-        raise ValueError(f"lengths must be [batch] like tokens {tokens.shape}; got {lengths.shape}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
-    needed = tokens.shape[1] + max_new_tokens
-    if max_len is not None and max_len < needed:
-        raise ValueError(f"max_len must be at least prompt_len + max_new_tokens = {needed}; got {max_len}")
-    config.require_positions(needed - 1)  # the last token is never fed
-    _check_growth(config, lengths, max_new_tokens)
-
-
-def _check_growth(config: ModelConfig, lengths: ArrayLike, max_new_tokens: int) -> None:
-    """Refuses rows that a longrope would turn in two ways; traced lengths tell nothing."""
-    if config.rope is None or config.rope.kind != "longrope" or isinstance(lengths, Tracer):
-        return
-    for length in np.unique(np.asarray(lengths)).tolist():
-        config.require_growth(length, length + max_new_tokens - 1)
-
-
-def _arrays(
-    tokens: ArrayLike,
-    lengths: ArrayLike,
-    key: Array,
-    max_new_tokens: int,
-    token_limits: ArrayLike | None,
-    eos_token_ids: Sequence[int | Array] | ArrayLike,
-    stop_sequences: Sequence[Sequence[int | Array]] | ArrayLike,
-    pad_token_id: int | ArrayLike,
-) -> tuple[Array, ...]:
-    """The arguments of `generate` as the arrays that `_prefill` takes, in its order."""
-    batch = tokens.shape[0]
-    limits = jnp.full(batch, max_new_tokens, jnp.int32)
-    if token_limits is not None:
-        limits = jnp.minimum(limits, jnp.asarray(token_limits, jnp.int32))
-    return (
-        jnp.asarray(tokens, jnp.int32),
-        jnp.asarray(lengths, jnp.int32),
-        _row_keys(key, batch),
-        limits,
-        jnp.asarray(eos_token_ids, jnp.int32).reshape(-1),
-        _pad_stops(stop_sequences),
-        jnp.asarray(pad_token_id, jnp.int32),
-    )
-
-
-def _row_keys(key: Array, batch: int) -> Array:
-    """One typed key a row, from one key or [batch] of them, typed or old-style uint32."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    if key.ndim == 0:
-        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    if key.shape != (batch,):
-        raise ValueError(f"key must be one random key or one a row, [{batch}]; got {key.shape}")
-    return key
-
-
-def _pad_stops(stop_sequences: Sequence[Sequence[int | Array]] | ArrayLike) -> Array:
-    """[num_stops, stop_len] int32, short sequences padded in front with -1."""
-    if isinstance(stop_sequences, jax.Array | np.ndarray):
-        return jnp.asarray(stop_sequences, jnp.int32)
-    if any(len(sequence) == 0 for sequence in stop_sequences):
-        raise ValueError("a stop sequence must hold at least one token")
-    longest = max((len(sequence) for sequence in stop_sequences), default=0)
-    rows = [[-1] * (longest - len(sequence)) + list(sequence) for sequence in stop_sequences]
-    return jnp.asarray(rows, jnp.int32).reshape(len(rows), longest)
 
 
 def _pad_to_multiple(tokens: Array, size: int) -> Array:

@@ -117,14 +117,17 @@ def find_target(name: str) -> Target:
     """
     if name.endswith(".toml"):
         return read_target(Path(name))
-    plain = {re.sub(r"[^a-z0-9]", "", key): target for key, target in TARGETS.items()}
-    wanted = re.sub(r"[^a-z0-9]", "", name.lower())
+    wanted, plain = _letters(name), {_letters(key): key for key in TARGETS}
     if wanted in plain:
-        return plain[wanted]
-    longer = [key for key in TARGETS if re.sub(r"[^a-z0-9]", "", key).startswith(wanted)]
+        return TARGETS[plain[wanted]]
+    longer = [key for letters, key in plain.items() if letters.startswith(wanted)]
     near = longer or difflib.get_close_matches(name.lower(), TARGETS, n=1, cutoff=0.3)
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
     raise ValueError(f"no card {name!r}{hint}; there are {', '.join(TARGETS)}, and files that end in .toml")
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def read_target(file: Path) -> Target:

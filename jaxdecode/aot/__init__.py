@@ -11,7 +11,8 @@
         print(kernel.name, kernel.launch.grid, kernel.report.registers)
 
 `program` describes the result, `compiler` runs the process (`worker`) that produces it; the other files read what the
-compiler writes. `mosaic` tells how a Pallas kernel appears in a compiled program.
+compiler writes. `mosaic` tells how a Pallas kernel appears in a compiled program. On top of them, `traffic` and `cost`
+say what kernels ask of memory and would take, and `check` does so for whole models.
 """
 
 from jaxdecode.aot.compiler import (

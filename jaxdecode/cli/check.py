@@ -15,7 +15,6 @@ import typer
 from jaxdecode.cli.progress import counter
 
 if TYPE_CHECKING:
-    from jaxdecode.aot.check import Question
     from jaxdecode.config import ModelConfig
 
 _NUMBER = re.compile(r"(\d+)(k?)", re.IGNORECASE)
@@ -51,13 +50,16 @@ def check(
     """
     from rich.console import Console
 
-    from jaxdecode.aot.check import Assumptions, check_cells, versions
+    from jaxdecode.aot.check import Assumptions, ask, check_cells, versions
     from jaxdecode.aot.check.table import WIDTH, show_cells
+    from pallas_kernels.targets import find_target
 
     if plot:
         _can_plot(plot)
     assumed = Assumptions()
-    questions = _questions(model, gpu, _numbers("--batch", batch), _numbers("--context", context), dtype)
+    sizes = {"batches": _numbers("--batch", batch), "contexts": _numbers("--context", context)}
+    targets, models = list(map(find_target, gpu)), list(map(_find_model, model))
+    questions = [question for one in models for question in ask(one, targets=targets, dtype=dtype, **sizes)]
     if extend_positions:
         questions = [question.with_positions() for question in questions]
     with counter(Console(stderr=True, highlight=False), "compiling") as advance:
@@ -75,22 +77,6 @@ def check(
         plot_rooflines(questions, cells, plot)
     if any(cell.error or (strict and cell.faults) for cell in cells):
         raise typer.Exit(1)
-
-
-def _questions(
-    models: list[str], gpus: list[str], batches: list[int], contexts: list[int], dtype: str | None
-) -> list[Question]:
-    from jaxdecode.aot.check import Question
-    from pallas_kernels.targets import find_target
-
-    targets = [find_target(gpu) for gpu in gpus]
-    return [
-        Question(model=name, config=config, dtype=dtype or own, target=target, batch=rows, context=tokens)
-        for name, config, own in map(_find_model, models)
-        for target in targets
-        for rows in batches
-        for tokens in contexts
-    ]
 
 
 def _find_model(model: str) -> tuple[str, ModelConfig, str]:

@@ -7,12 +7,13 @@ import subprocess
 import sys
 
 import pytest
+from needs import needs_compiler
 
 from aot import programs
-from jaxdecode.aot import CompileError, Job, compile_program, compile_programs, compiler_installed
+from jaxdecode.aot import CompileError, Job, compile_program, compile_programs
 from pallas_kernels.targets import find_target
 
-pytestmark = pytest.mark.skipif(not compiler_installed(), reason='needs pip install "jaxdecode[check]"')
+pytestmark = needs_compiler
 
 JOBS = {
     "softmax": (programs.softmax, "a100-80gb"),

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from jaxdecode.aot import CompiledProgram, CompileError, Job, Kernel, compile_programs, compiler_installed
+from jaxdecode.aot import CompiledProgram, CompileError, Job, Kernel, compile_programs
 from jaxdecode.aot.inspection import inspect_kernel
-
-needs_compiler = pytest.mark.skipif(not compiler_installed(), reason='needs pip install "jaxdecode[check]"')
 
 
 def compile_wanted(request: pytest.FixtureRequest, jobs: dict[str, Job]) -> dict[str, CompiledProgram]:

@@ -32,7 +32,8 @@ import functools
 import jax
 import numpy as np
 import pytest
-from compiled import check_kernel, needs_compiler, our_kernel
+from compiled import check_kernel, our_kernel
+from needs import needs_compiler
 from ptx.chain import Chain
 from test_decode_attention_cases import WIDE, Case
 

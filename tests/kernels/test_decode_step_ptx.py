@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiled import needs_compiler
 from decode_step import loop, one_step
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from needs import needs_compiler
 from ptx.chain import Chain
 from tolerance import STEP
 

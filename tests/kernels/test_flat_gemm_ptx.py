@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiled import check_kernel, compile_wanted, needs_compiler
+from compiled import check_kernel, compile_wanted
+from needs import needs_compiler
 from ptx.chain import Chain
 from test_flat_gemm_cases import Case, blocks, build
 

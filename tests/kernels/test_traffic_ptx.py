@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import test_decode_attention_ptx as attention
-from compiled import needs_compiler
+from needs import needs_compiler
 from ptx.chain import Chain
 from test_decode_attention_cases import Case as AttentionCase
 from test_flat_gemm_cases import Case, blocks, build

@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from needs import needs_compiler
 
-from jaxdecode.aot import CompileError, Job, compile_programs, compiler_installed
+from jaxdecode.aot import CompileError, Job, compile_programs
 from pallas_kernels.targets import find_target
 from ptx.chain import Chain
 from ptx.faults import Fault
 from ptx.pallas_programs import flat_product, split_softmax_sum
 from ptx.xla_programs import FUNCTIONS, TinyModel, build_function, build_step
 
-pytestmark = pytest.mark.skipif(not compiler_installed(), reason='needs the compiler: pip install "jaxdecode[check]"')
+pytestmark = needs_compiler
 
 CARDS = ["a100-80gb", "rtx3090", "rtx4090"]  # sm_80, sm_86, sm_89
 RANDOM = np.random.default_rng(0)

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jaxdecode.aot.check.cells import Cell, Modelled, Question, check_cells, versions
+from jaxdecode.aot.check.cells import Cell, Modelled, Question, ask, check_cells, versions
 from jaxdecode.aot.check.fit import Fit
 from jaxdecode.aot.check.kernels import KernelUse
 from jaxdecode.aot.check.loop import ProgramFacts
@@ -31,6 +31,7 @@ __all__ = [
     "Modelled",
     "ProgramFacts",
     "Question",
+    "ask",
     "check",
     "check_cells",
     "find_model",
@@ -68,14 +69,8 @@ def check(
       MissingCompilerError: the extra `check` is not installed.
       ValueError: there is no such model or card, or a number out of range.
     """
-    name, config, own = find_model(model)
     targets = [find_target(gpu) if isinstance(gpu, str) else gpu for gpu in gpus]
-    questions = [
-        Question(model=name, config=config, dtype=dtype or own, target=target, batch=batch, context=context)
-        for target in targets
-        for batch in batches
-        for context in contexts
-    ]
+    questions = ask(find_model(model), targets=targets, batches=batches, contexts=contexts, dtype=dtype)
     return check_cells(questions, assumed=assumed, workers=workers or os.cpu_count() or 1, progress=progress)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxdecode.aot.check import program
 from jaxdecode.aot.check.fit import Fit, find_fit
-from jaxdecode.aot.check.kernels import MOST_BYTES, KernelUse, Step
+from jaxdecode.aot.check.kernels import KernelUse, Step
 from jaxdecode.aot.check.least import step_bytes, step_operations
 from jaxdecode.aot.check.loop import DecodeLoop, ProgramFacts
 from jaxdecode.aot.check.prefill import chunk_sizes, prefill_seconds
@@ -22,6 +22,7 @@ from jaxdecode.config import ModelConfig
 from pallas_kernels.targets import TARGETS, Target
 
 DTYPES = ("float16", "bfloat16", "float32")
+_MOST_BYTES = 1.02  # times the least that a product may ask for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,28 @@ class Question:
             return self
         config = dataclasses.replace(self.config, max_position=self.context)
         return dataclasses.replace(self, model=f"{self.model} with {self.context} positions", config=config)
+
+
+def ask(
+    model: tuple[str, ModelConfig, str],
+    *,
+    targets: Sequence[Target],
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    dtype: str | None = None,
+) -> list[Question]:
+    """A question for each card, batch and context; `model` is its name, config and own dtype.
+
+    Raises:
+      ValueError: a number or the dtype is out of range.
+    """
+    name, config, own = model
+    return [
+        Question(model=name, config=config, dtype=dtype or own, target=target, batch=batch, context=context)
+        for target in targets
+        for batch in batches
+        for context in contexts
+    ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,8 +227,9 @@ def _read_program(question: Question, cell: Cell, compiled: CompiledProgram, ass
     excess = [
         f"{use.name} asks for {use.requested_bytes / use.least_bytes:.3f} times the bytes there are"
         for use in uses
-        if use.weight and use.requested_bytes > MOST_BYTES * use.least_bytes
+        if use.weight and use.requested_bytes > _MOST_BYTES * use.least_bytes
     ]
+    least, operations = step_bytes(config, dtype, batch, context), step_operations(config, batch, context)
     prefill = prefill_seconds(
         config,
         dtype,
@@ -221,13 +245,15 @@ def _read_program(question: Question, cell: Cell, compiled: CompiledProgram, ass
         faults=tuple(dict.fromkeys([*loop.faults(), *excess])),
         program=facts,
         kernels=tuple(uses),
-        bytes_per_token=step_bytes(config, dtype, batch, context),
-        operations_per_token=step_operations(config, batch, context),
-        modelled=_model(step, uses, facts.round_trips, prefill),
+        bytes_per_token=least,
+        operations_per_token=operations,
+        modelled=_model(step, uses, facts.round_trips, least=least, operations=operations, prefill=prefill),
     )
 
 
-def _model(step: Step, uses: list[KernelUse], round_trips: int, prefill: tuple[float, float]) -> Modelled:
+def _model(
+    step: Step, uses: list[KernelUse], round_trips: int, *, least: int, operations: int, prefill: tuple[float, float]
+) -> Modelled:
     """Sums up; keys and values that XLA's own attention reads, in loops that are counted once, come on top."""
     assumed, target = step.assumed, step.target
     spent: dict[str, float] = {"host": round_trips * assumed.round_trip}
@@ -235,12 +261,10 @@ def _model(step: Step, uses: list[KernelUse], round_trips: int, prefill: tuple[f
     for use in uses:
         add_up(use.modelled_spent_seconds, spent, use.launches)
         most += use.launches * use.modelled_seconds[1]
-    least = step_bytes(step.config, step.dtype, step.batch, step.context)
     unread = max(0, least - sum(use.launches * use.least_bytes for use in uses)) / (target.bandwidth * 1e9)
     low, high = (share * assumed.dram_share for share in assumed.product_share)
     add_up({"bytes": unread, "memory efficiency": unread / high - unread}, spent)
     seconds, most = sum(spent.values()), most + unread / low
-    operations = step_operations(step.config, step.batch, step.context)
     roofline = max(least / (target.bandwidth * 1e9), operations / tensor_rate(target, step.dtype))
     return Modelled(
         seconds_per_token=(seconds, most),

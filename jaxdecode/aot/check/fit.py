@@ -9,11 +9,11 @@ from jaxdecode.aot.check.least import slot_bytes, weight_bytes
 from jaxdecode.aot.check.prefill import chunk_sizes
 from jaxdecode.aot.check.program import prompt_len
 from jaxdecode.aot.program import MemoryUse
+from jaxdecode.cache import cache_slots
 from jaxdecode.config import ModelConfig
 from pallas_kernels.targets import Target
 
-JAX_SHARE = 0.75  # of a card's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
-SLOTS = 32  # a cache has a multiple of it
+_JAX_SHARE = 0.75  # of a card's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Fit:
     def memory_fraction(self) -> float | None:
         """XLA_PYTHON_CLIENT_MEM_FRACTION that the program needs; None if JAX's own does or nothing would."""
         share = math.ceil(100 * self.total_bytes / self.memory_bytes) / 100
-        return share if JAX_SHARE < share <= 1 else None
+        return share if _JAX_SHARE < share <= 1 else None
 
 
 def find_fit(
@@ -59,7 +59,7 @@ def find_fit(
 ) -> Fit:
     """Memory of a cell; `compiled` is what its program uses, its caches among the temporaries."""
     weights, slot = weight_bytes(config, dtype), slot_bytes(config, dtype)
-    row, temporaries = _round_up(context) * slot, None
+    row, temporaries = cache_slots(context) * slot, None
     if compiled is not None:
         everything = compiled.arguments + compiled.outputs - compiled.aliased + compiled.temporaries
         temporaries = max(0, everything - weights - batch * row)
@@ -77,14 +77,11 @@ def find_fit(
 def _largest_context(left: int, temporaries: int, slot: int, context: int) -> int:
     """Slots of `slot` bytes beside temporaries that grow with the largest chunk that a prompt is read in."""
     chunk, longest = chunk_sizes(prompt_len(context))[0], max(chunk_sizes(1 << 20))
-    slots = max(0, (left - temporaries * longest // chunk) // slot // SLOTS * SLOTS)
+    step = cache_slots(1)
+    slots = max(0, (left - temporaries * longest // chunk) // slot // step * step)
     if chunk == longest or chunk_sizes(prompt_len(max(2, slots)))[0] == longest:
         return slots
-    slots = max(0, (left - temporaries) // slot // SLOTS * SLOTS)  # too few for the longer chunks
-    while slots > SLOTS and chunk_sizes(prompt_len(slots))[0] == longest:
-        slots -= SLOTS
+    slots = max(0, (left - temporaries) // slot // step * step)  # too few for the longer chunks
+    while slots > step and chunk_sizes(prompt_len(slots))[0] == longest:
+        slots -= step
     return slots
-
-
-def _round_up(context: int) -> int:
-    return -(-context // SLOTS) * SLOTS

@@ -15,7 +15,6 @@ from pallas_kernels.flat_gemm.config import FlatGemmConfig
 from pallas_kernels.kernel_names import read_kernel_name
 from pallas_kernels.targets import Target
 
-MOST_BYTES = 1.02  # times the least that a product may ask for
 _ITEMSIZE = {"f16": 2, "bf16": 2, "f32": 4}
 _ROW_TILE = 8  # rows of activations, or query heads, that tensor cores pad to
 

@@ -9,13 +9,12 @@ import jax.numpy as jnp
 
 from jaxdecode.config import ModelConfig
 from jaxdecode.models import abstract_params
+from jaxdecode.models.known import parameters
 
 
 def weight_bytes(config: ModelConfig, dtype: str) -> int:
     """Bytes of all parameters."""
-    params = abstract_params(config, dtype)
-    others = {name: part for name, part in params.items() if name != "layers"}
-    return _bytes(params["layers"][0]) * config.num_layers + _bytes(others)
+    return parameters(config) * jnp.dtype(dtype).itemsize
 
 
 def slot_bytes(config: ModelConfig, dtype: str) -> int:
@@ -51,10 +50,6 @@ def step_operations(config: ModelConfig, batch: int, context: int) -> int:
     """Multiplications and additions of a decode step's products and attention."""
     products = batch * (layer_matrices(config) + head_matrix(config))
     return 2 * products + 4 * batch * seen(config, context) * config.num_heads * config.head_dim
-
-
-def _bytes(params: object) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 
 
 def _matrices(params: object) -> int:

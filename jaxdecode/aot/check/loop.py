@@ -7,9 +7,9 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 
-from jaxdecode.aot.check.fit import SLOTS
 from jaxdecode.aot.inspection import find_faults
 from jaxdecode.aot.program import Argument, CompiledProgram, GraphNode, Kernel, Slice, Thunk, walk
+from jaxdecode.cache import cache_slots
 from jaxdecode.config import ModelConfig
 
 _TABLES = ("embed.weight", "positions.weight")
@@ -77,7 +77,7 @@ class DecodeLoop:
         self, program: CompiledProgram, config: ModelConfig, weights: list[str], *, batch: int, context: int
     ) -> None:
         self.program, self._config, self._batch = program, config, batch
-        self._keys_shape = (batch, config.num_kv_heads, -(-context // SLOTS) * SLOTS, config.head_dim)
+        self._keys_shape = (batch, config.num_kv_heads, cache_slots(context), config.head_dim)
         loops = [thunk for thunk in program.thunks if thunk.kind == "while"]
         self._passes, loop = loops[:-1], loops[-1]
         self._body = list(walk(loop.children["body"]))
