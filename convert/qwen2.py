@@ -27,7 +27,8 @@ def layer_windows(fields: Fields) -> tuple[int | None, ...]:
         types = [
             "full_attention" if layer < first or window is None else "sliding_attention" for layer in range(layers)
         ]
-    if not isinstance(types, list) or len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or len(types) != layers or not all(kind in known for kind in types):
         fields.problems.append(
             f"config.json: layer_types must name full_attention or sliding_attention for each of {layers} "
             f"layers; it is {types!r:.80}"

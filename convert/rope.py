@@ -29,8 +29,13 @@ def parse_rope(config: Mapping[str, Any], max_position: int, problems: list[str]
     values = {"theta": fields.number("rope_theta"), "kind": kind}
     if not found:
         values |= _KINDS[kind](fields, config, max_position)
+    if not found:
+        try:
+            return RopeConfig(**values)
+        except ValueError as error:
+            found.append(f"config.json: {error}")
     problems += found
-    return RopeConfig() if found else RopeConfig(**values)
+    return RopeConfig()
 
 
 def _parameters(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
