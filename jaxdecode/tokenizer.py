@@ -24,7 +24,8 @@ def load_tokenizer(folder: Path) -> Any | None:
     )  # "PyTorch was not found": it is not needed
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    # A tokenizer that is a program of its publisher's is refused, not asked about.
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
