@@ -201,7 +201,11 @@ def _pairs(draw: st.DrawFn, sound: tuple[Pair, ...], kind: str) -> list[Pair]:
     pairs = list(sound)
     for _ in range(draw(st.sampled_from([0, 1, 1, 1, 1, 2, 3]))):
         place = draw(st.integers(0, len(pairs) - 1))
-        match draw(st.integers(0, 6)):
+        lists = [index for index, pair in enumerate(pairs) if pair[1] == _ARRAY]
+        how = draw(st.integers(0, 9))
+        if how > 6 and lists:
+            place, how = draw(st.sampled_from(lists)), 5
+        match how:
             case 0:
                 del pairs[place]
             case 1 | 2:

@@ -24,7 +24,8 @@ from typing import Any
 from inputs import Input
 
 SECONDS = 10.0  # of processor time for planning and converting one input
-PATIENCE = 6  # times as long may pass on the clock, of a machine that does other things too
+PATIENCE = 12  # ticks of `TICK` seconds in which nothing ends
+TICK = 5.0
 GROWTH = 512 << 20  # bytes of memory that one input may add to the process
 HARD_LIMIT = 4 << 30  # address space on top of what an idle process has mapped; beyond it allocations fail
 MESSAGE = 20_000  # characters
@@ -224,20 +225,29 @@ def watched(allowed: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alarm(seconds: float) -> Iterator[None]:
-    """Raises TooSlow after so much processor time, or `PATIENCE` times as much on the clock; again each second."""
+    """Raises TooSlow after so much processor time, and then each second; or after `PATIENCE` ticks of the clock.
+
+    Ticks are counted, since a process that is stopped for an hour has only one waiting for it.
+    """
+    ticks = 0
 
     def ring(*_: Any) -> None:
         raise TooSlow
 
-    timers = {signal.ITIMER_PROF: seconds, signal.ITIMER_REAL: seconds * PATIENCE}
-    for number in (signal.SIGPROF, signal.SIGALRM):
-        signal.signal(number, ring)
-    for timer, delay in timers.items():
-        signal.setitimer(timer, delay, 1.0)
+    def tick(*_: Any) -> None:
+        nonlocal ticks
+        ticks += 1
+        if ticks > PATIENCE:
+            raise TooSlow
+
+    signal.signal(signal.SIGPROF, ring)
+    signal.signal(signal.SIGALRM, tick)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1.0)
+    signal.setitimer(signal.ITIMER_REAL, TICK, TICK)
     try:
         yield
     finally:
-        for timer in timers:
+        for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
             signal.setitimer(timer, 0)
 
 

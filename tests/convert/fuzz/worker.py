@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import re
-import resource
 import shutil
 import sys
 import tempfile
@@ -66,7 +65,6 @@ def main(kind: str, count: str, seed: str, keep: str = "") -> None:
         number += 1
         if seed == "fixed" or summary.inputs == before:
             break
-    summary.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps(dataclasses.asdict(summary)))
 
 
@@ -146,6 +144,7 @@ def note(summary: Summary, given: Input, keep: str) -> None:
         summary.slowest = max(summary.slowest, outcome.seconds)
         summary.growth = max(summary.growth, outcome.growth)
     finally:
+        summary.peak = max(summary.peak, laws.peak())
         os.chdir(Path(__file__).parent)
         shutil.rmtree(world)
 
