@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,11 +35,12 @@ def run_kind(kind: str, count: int, seed: str, keep: str = "") -> dict[str, Any]
         _wait(process, signs)
         out.seek(0)
         lines, said = out.read().splitlines(), signs.read_text(errors="replace").splitlines()
-    for world in (Path(line) for line in said if Path(line).name.startswith("fuzz-")):
+    worlds = [Path(line) for line in said if re.fullmatch(r"\S+/fuzz-\w+", line)]
+    for world in worlds:
         shutil.rmtree(world, ignore_errors=True)  # of one that a dead worker left
     if process.returncode or not lines:
         how = f"the process ended with {process.returncode}: {said[-15:]}"
-        summary = {"kind": kind, "inputs": len(said), "converted": 0, "refused": 0, "slowest": 0.0, "growth": 0,
+        summary = {"kind": kind, "inputs": len(worlds), "converted": 0, "refused": 0, "slowest": 0.0, "growth": 0,
                    "peak": 0, "broken": {"died": [1, how, ""]}}  # fmt: skip
     else:
         summary = json.loads(lines[-1])
