@@ -3,13 +3,16 @@
 QUESTION ?= What is the capital of France, and what is it known for?
 MAX_NEW_TOKENS ?= 128
 
+COUNT ?= 5000
+SEED ?= 0
+
 export JAXDECODE_PYTHON
 BIN := .venv/bin
 
 # Two processes, each test file in one of them.
 PYTEST := -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-live test-compiled test-mutations check-figure lint types env env-hf env-check weights clean
+.PHONY: demo test test-live test-compiled test-mutations fuzz check-figure lint types env env-hf env-check weights clean
 
 demo: env
 	@$(BIN)/python scripts/demo.py --max-new-tokens $(MAX_NEW_TOKENS) -- "$$DEMO_QUESTION"
@@ -36,6 +39,10 @@ check-figure: env-check
 # Faults planted in the kernels, each found by a test.
 test-mutations: env-check
 	.venv-check/bin/python tests/mutations.py
+
+# Odd and hostile models for the converter, COUNT of them; those that break a law are left in .cache/fuzz.
+fuzz: env
+	$(BIN)/python tests/convert/fuzz/run.py --count $(COUNT) --seed $(SEED) --keep .cache/fuzz
 
 lint: env
 	$(BIN)/ruff check .

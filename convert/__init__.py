@@ -164,16 +164,18 @@ def _write(writer: CheckpointWriter, source: Source, plan: Plan, progress: Progr
             writer.write_item(
                 item, specs(targets), lambda name, by_name=by_name, item=item: counted(by_name[name], item)
             )
-        writer.finish()
-    except ConversionError:  # the same source would fail the same way again: nothing to continue
+    except ValueError:  # the same source would fail the same way again: nothing to continue
         writer.discard()
         raise
+    writer.finish()
 
 
 def _no_room(plan: Plan, dst: Path) -> list[str]:
     parent = dst.absolute().parent
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        return [f"{parent} is no folder"]
     written = sum(file.stat().st_size for file in (partial_dir(dst) / "checkpoint" / "weights").glob("*"))
     free, needed = shutil.disk_usage(parent).free, plan.disk_bytes - written
     if not os.access(parent, os.W_OK):

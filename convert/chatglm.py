@@ -29,8 +29,16 @@ def _features(fields: Fields) -> dict[str, Any]:
         "out_bias": bias,
         "mlp_bias": bias,
         "final_norm": fields.flag("post_layer_norm"),
-        "rope": RopeConfig(theta=_THETA * _rope_ratio(fields), rotary_dim=max(fields.integer("head_dim") // 2, 1)),
+        "rope": _rope(fields),
     }
+
+
+def _rope(fields: Fields) -> RopeConfig:
+    try:
+        return RopeConfig(theta=_THETA * _rope_ratio(fields), rotary_dim=max(fields.integer("head_dim") // 2, 1))
+    except ValueError as error:
+        fields.problems.append(f"config.json: rope_ratio: {error}")
+        return RopeConfig()
 
 
 def _rope_ratio(fields: Fields) -> float:

@@ -14,10 +14,12 @@ from typing import Any
 
 from convert.errors import ConversionError
 from convert.sentencepiece_file import SentencePieceModel, read_sentencepiece
+from jaxdecode.foreign_files import open_plain
 
 CLASS = "ChatGLMTokenizer"
 _SPECIALS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+_MOST_CODE = 1 << 20  # bytes of it that are looked at
 _STOPS = ("<|user|>", "<|observation|>")  # ChatGLM3 ends its turn with one of these, or with eos
 
 # A line's indentation and the line breaks between tags are dropped by {%- and -%}.
@@ -155,7 +157,8 @@ def _version(path: Path, said: dict[str, Any], config: dict[str, Any]) -> int:
     if found:
         return found[0]
     if code.is_file():
-        return 3 if "<|observation|>" in code.read_text(encoding="utf-8", errors="replace") else 2
+        with open_plain(code) as opened:
+            return 3 if b"<|observation|>" in opened.read(_MOST_CODE) else 2
     raise ConversionError(
         f"{path}: nothing says whether the tokenizer is ChatGLM2's or ChatGLM3's, whose chats differ; expected "
         "tokenizer_config.json to hold a name_or_path with chatglm2 or chatglm3 in it, found "

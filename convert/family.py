@@ -11,6 +11,15 @@ import numpy as np
 
 from jaxdecode.config import ModelConfig, RopeKind
 
+# The largest number that a field may hold, by Llama's name for it; beyond any model, and within what an array can be.
+_SIZE = 1 << 24
+_MOST = {
+    "vocab_size": _SIZE, "hidden_size": _SIZE, "intermediate_size": _SIZE, "num_attention_heads": _SIZE,
+    "num_key_value_heads": _SIZE, "head_dim": _SIZE, "word_embed_proj_dim": _SIZE, "num_hidden_layers": 10_000,
+}  # fmt: skip
+_MOST_TOKENS = (1 << 31) - 1
+_FLOAT32 = (1.2e-38, 3.4e38)  # positive numbers that it holds
+
 
 class Fields:
     """A `config.json` with types checked: what is wrong goes into `problems`, a usable value comes back.
@@ -38,17 +47,18 @@ class Fields:
         return self.defaults.get(name) if value is None else value
 
     def integer(self, name: str) -> int:
-        """A positive integer; a problem if absent without a default."""
-        value = self.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        """A positive integer of reasonable size; a problem if absent without a default."""
+        value, most = self.get(name), _MOST.get(name, _MOST_TOKENS)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most:
             return value
-        self._complain(name, "a positive integer", value)
+        large = isinstance(value, int) and value > most
+        self._complain(name, f"a positive integer, at most {most:,}" if large else "a positive integer", value)
         return 2
 
     def number(self, name: str) -> float:
-        """A positive number."""
-        value = self.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf"):
+        """A positive number that float32 can hold."""
+        value, (least, most) = self.get(name), _FLOAT32
+        if isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most:
             return float(value)
         self._complain(name, "a positive number", value)
         return 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from pathlib import Path
@@ -40,44 +41,47 @@ def open_gguf(path: Path) -> Source:
     metadata, tensors = file.metadata, dict(file.tensors)
     if metadata.get("split.count") not in (None, 0, 1):
         raise ConversionError(
-            f"{path} is one of {metadata['split.count']} parts; merge them first: "
+            f"{path} is one of {metadata['split.count']!s:.80} parts; merge them first: "
             f"llama-gguf-split --merge {path.name} MERGED.gguf"
         )
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ConversionError(
-            f"{path} has GGUF architecture {architecture!r}; supported are {', '.join(ARCHITECTURES)}"
+            f"{path} has GGUF architecture {architecture!r:.80}; supported are {', '.join(ARCHITECTURES)}"
         )
     factors = tensors.pop("rope_freqs.weight", None)
     config = _config(path, metadata, architecture, tensors)
-    if factors is not None and config["head_dim"] > 0:
-        config |= _rope_from_factors(path, config, _rows(factors)(0, factors.shape[0]).astype(np.float64))
+    problems = [f"{path}: {problem}" for problem in tokenizer_problems(metadata)]
+    if factors is not None:
+        config |= _rope_from_factors(path, config, factors)
     return Source(
         path=path,
         kind="GGUF",
         config=config,
         generation_config={},
-        tensors=_named(path, tensors, config, architecture),
-        problems=[f"{path}: {problem}" for problem in tokenizer_problems(metadata)],
+        tensors=_named(path, tensors, config, architecture, problems),
+        problems=problems,
         fingerprint=fingerprint([path]),
         write_tokenizer=lambda target: write_gguf_tokenizer(metadata, target),
     )
 
 
 def _named(
-    path: Path, tensors: dict[str, GgufTensor], config: dict[str, Any], architecture: str
+    path: Path, tensors: dict[str, GgufTensor], config: dict[str, Any], architecture: str, problems: list[str]
 ) -> dict[str, SourceTensor]:
     """Tensors under their Hugging Face names; llama.cpp interleaves the rows of llama's q and k."""
     named = {}
     for tensor in tensors.values():
         name = _hf_name(tensor.name)
+        if name in named:
+            problems.append(f"{path}: two tensors are {name!r:.80}, one of them {tensor.name!r:.80}")
         read = _rows(
             tensor, config["head_dim"] if architecture == "llama" and re.search(r"\.attn_[qk]\.", tensor.name) else None
         )
         named[name] = SourceTensor(
             name=name,
             stored=tensor.type_name,
-            dtype=_DENSE.get(tensor.type_name, "float32"),
+            dtype=_dtype(tensor.type_name),
             shape=tensor.shape,
             where=path.name,
             read=read,
@@ -105,10 +109,12 @@ def _config(path: Path, metadata: dict[str, Any], architecture: str, tensors: di
         value = metadata.get(f"{architecture}.{key}", default)
         if (value is not None and isinstance(value, str) != (key in _TEXT)) or isinstance(value, list | bool):
             raise ConversionError(f"{path}: {architecture}.{key} has the wrong type: {value!r:.80}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConversionError(f"{path}: {architecture}.{key} is {value}")
         return value
 
     heads = get("attention.head_count")
-    if heads <= 0:
+    if not isinstance(heads, int) or heads <= 0:
         raise ConversionError(f"{path}: {architecture}.attention.head_count must be positive; got {heads}")
     head_dim = get("attention.key_length") or get("embedding_length") // heads
     embed = tensors.get("token_embd.weight")
@@ -137,13 +143,13 @@ def _config(path: Path, metadata: dict[str, Any], architecture: str, tensors: di
 
 def _shortest(value: Any) -> Any:
     """The shortest decimal that is this float32: metadata stores 1e-5 as 9.999999747378752e-06."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value
+    return float(str(np.float32(value))) if isinstance(value, float) and abs(value) < 3.4e38 else value
 
 
 def _eos(metadata: dict[str, Any]) -> list[int]:
     keys = ("eos_token_id", "eot_token_id", "eom_token_id")
     found = [metadata[f"tokenizer.ggml.{key}"] for key in keys if f"tokenizer.ggml.{key}" in metadata]
-    return list(dict.fromkeys(found))
+    return found if any(isinstance(token, list) for token in found) else list(dict.fromkeys(found))
 
 
 def _rope_scaling(path: Path, get) -> dict[str, Any] | None:
@@ -168,21 +174,32 @@ def _rope_scaling(path: Path, get) -> dict[str, Any] | None:
     return {"rope_type": "yarn", "factor": factor, **scaling}
 
 
-def _rope_from_factors(path: Path, config: dict[str, Any], factors: np.ndarray) -> dict[str, Any]:
+def _rope_from_factors(path: Path, config: dict[str, Any], table: GgufTensor) -> dict[str, Any]:
     """Llama 3's parameters, found again from the table of divisors that replaces them in a GGUF file.
 
     Raises:
       ConversionError: no such parameters give this table.
     """
+    if config["rope_theta"] <= 0 or config["head_dim"] <= 0:
+        return {}  # refused for that
+    half = config["head_dim"] // 2
+    if table.shape != (half,) or table.type_name not in _DENSE:
+        raise ConversionError(
+            f"{path}: rope_freqs.weight is {table.type_name}{list(table.shape)}; heads of {config['head_dim']} need "
+            f"F32[{half}]"
+        )
+    factors = _rows(table)(0, half).astype(np.float64)
     if np.allclose(factors, 1.0, rtol=1e-5):
         return {}
-    factor, half = float(factors.max()), config["head_dim"] // 2
+    if not (np.isfinite(factors).all() and factors.min() > 0):
+        raise ConversionError(f"{path}: rope_freqs.weight holds {factors.min()} to {factors.max()}; expected divisors")
+    factor = float(factors.max())
     wavelengths = 2 * math.pi * config["rope_theta"] ** (np.arange(half) / half)
     for original in _LLAMA3_ORIGINAL_LENGTHS:
         smooth = (original / wavelengths - 1.0) / (4.0 - 1.0)
         expected = 1.0 / ((1 - smooth) / factor + smooth)
         expected = np.where(wavelengths < original / 4.0, 1.0, np.where(wavelengths > original, factor, expected))
-        if factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-3):
+        if np.allclose(factors, expected, rtol=1e-3):
             scaling = {
                 "rope_type": "llama3",
                 "factor": factor,
@@ -198,9 +215,9 @@ def _rope_from_factors(path: Path, config: dict[str, Any], factors: np.ndarray) 
 
 
 def _hf_name(name: str) -> str:
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+    match = re.fullmatch(r"blk\.(0|[1-9][0-9]*)\.(\w+)\.(weight|bias)", name)
     if match and match[2] in _LAYER:
-        return f"model.layers.{int(match[1])}.{_LAYER[match[2]]}.{match[3]}"
+        return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
     module, _, suffix = name.rpartition(".")
     return f"{_MODEL[module]}.{suffix}" if module in _MODEL else name
 
@@ -223,6 +240,22 @@ def _rows(tensor: GgufTensor, head_dim: int | None = None) -> Read:
         return _dense(tensor.type_name, rows, tensor.shape[-1])
 
     return read
+
+
+@functools.cache
+def _dtype(type_name: str) -> str:
+    """The numpy name of what `_dense` makes of a type; of one that it cannot read, the type's own."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    if type_name in _DENSE:
+        return _DENSE[type_name]
+    kind = GGMLQuantizationType[type_name]
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return type_name
+    return "float32"
 
 
 def _dense(type_name: str, rows: np.ndarray, columns: int) -> np.ndarray:

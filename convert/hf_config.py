@@ -33,7 +33,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
     supported = f"supported are {', '.join(FAMILIES)}"
     if not isinstance(model_type, str):
         raise ConversionError(f"config.json: model_type must be a string; it is {model_type!r:.80}; {supported}")
-    nearest = difflib.get_close_matches(model_type.lower(), FAMILIES, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(model_type[:40].lower(), FAMILIES, n=1, cutoff=0.5)
     hint = f"; the nearest is {nearest[0]}" if nearest else ""
     raise ConversionError(f"config.json: unknown model_type {model_type!r:.80}; {supported}{hint}")
 
@@ -150,7 +150,7 @@ def _eos_token_ids(generation: Mapping[str, Any], config: Mapping[str, Any], pro
     for file, fields in (("generation_config.json", generation), ("config.json", config)):
         value = fields.get("eos_token_id")
         for token in value if isinstance(value, list) else [] if value is None else [value]:
-            if isinstance(token, int) and not isinstance(token, bool) and token >= 0:
+            if isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 1 << 31:
                 ids[token] = None
             else:
                 problems.append(f"{file}: eos_token_id must be a token or a list of tokens; it is {value!r:.80}")

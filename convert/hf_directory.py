@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -13,8 +14,10 @@ import numpy as np
 from convert.errors import ConversionError
 from convert.hf_config import parse_config
 from convert.sources import Source, SourceTensor, fingerprint
+from convert.tokenizer import MAX_TOKENIZER_BYTES
 from jaxdecode import safetensors_file
 from jaxdecode.config import ModelConfig
+from jaxdecode.foreign_files import open_plain, parse_json, read_plain
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -33,6 +36,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+MAX_JSON_BYTES, MAX_JSON_VALUES = 64 << 20, 2_000_000  # of an index, where a tensor takes 100 and two
+MAX_TOKENIZER_VALUES = 8_000_000  # the largest published has half a million merges, a quarter of a million tokens
+_LFS_POINTER = b"version https://git-lfs"
 
 
 def open_directory(path: Path) -> Source:
@@ -43,10 +49,8 @@ def open_directory(path: Path) -> Source:
     """
     problems: list[str] = []
     config = _required_config(path)
-    generation = (
-        read_json(path / "generation_config.json", problems) if (path / "generation_config.json").exists() else {}
-    )
-    chosen = next((name for name in WEIGHT_FILES if (path / name).exists()), None)
+    generation = _optional_json(path, "generation_config.json", problems)
+    chosen = next((name for name in WEIGHT_FILES if os.path.lexists(path / name)), None)
     if chosen is None:
         raise ConversionError(
             f"{path} holds no weights: expected one of {', '.join(WEIGHT_FILES)}; found {_listing(path)}"
@@ -69,7 +73,9 @@ def _tokenizer(
     path: Path, config: dict[str, Any], generation: dict[str, Any], problems: list[str]
 ) -> tuple[Callable[[Path], None], dict[str, Any]]:
     """What writes the tokenizer's files, and the generation config with the tokens at which it is known to stop."""
-    if config.get("model_type") == "chatglm":
+    before = len(problems)
+    files = _tokenizer_files(path, problems)
+    if config.get("model_type") == "chatglm" and len(problems) == before:
         from convert.chatglm_tokenizer import open_chatglm_tokenizer
 
         try:
@@ -79,7 +85,7 @@ def _tokenizer(
             tokenizer = None
         if tokenizer is not None:
             return tokenizer.write, tokenizer.with_stops(generation)
-    return lambda target: copy_tokenizer(path, target), generation
+    return lambda target: copy_tokenizer(path, files, target), generation
 
 
 def read_config(file: Path) -> tuple[ModelConfig, str]:
@@ -96,11 +102,14 @@ def read_config(file: Path) -> tuple[ModelConfig, str]:
     return parse_config(config, {}), dtype if isinstance(dtype, str) else "float16"
 
 
-def read_json(path: Path, problems: list[str]) -> dict[str, Any]:
-    """A JSON object; anything else becomes a problem and an empty dict."""
+def read_json(path: Path, problems: list[str], *, tokenizer: bool = False) -> dict[str, Any]:
+    """A JSON object in a plain file; anything else becomes a problem and an empty dict."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        if tokenizer:  # a vocabulary may say a token twice
+            value = parse_json(read_plain(path, MAX_TOKENIZER_BYTES), most_values=MAX_TOKENIZER_VALUES, unique=False)
+        else:
+            value = parse_json(read_plain(path, MAX_JSON_BYTES), most_values=MAX_JSON_VALUES)
+    except (OSError, ValueError) as error:
         problems.append(f"{path} is not readable JSON: {error}")
         return {}
     if not isinstance(value, dict):
@@ -109,19 +118,41 @@ def read_json(path: Path, problems: list[str]) -> dict[str, Any]:
     return value
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files, and nothing that is code or names some."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file() and _inside(source, source / name):
-            shutil.copyfile(source / name, target / name)
+def copy_tokenizer(source: Path, names: list[str], target: Path) -> None:
+    """Copy a tokenizer's files, which `_tokenizer_files` has looked at, and nothing that names code."""
+    for name in names:
+        shutil.copyfile(source / name, target / name)
     config = target / "tokenizer_config.json"
-    if config.exists() and "auto_map" in (said := read_json(config, [])):
+    if config.name in names and "auto_map" in (said := read_json(config, [], tokenizer=True)):
         del said["auto_map"]
         config.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _tokenizer_files(path: Path, problems: list[str]) -> list[str]:
+    """Which files of a tokenizer there are, and nothing that could be code; what they hold is looked at roughly."""
+    found = [name for name in TOKENIZER_FILES if os.path.lexists(path / name) and _usable(path, name, problems)]
+    for name in found:
+        file = path / name
+        if name.endswith(".json"):
+            read_json(file, problems, tokenizer=True)
+            continue
+        try:
+            content = read_plain(file, MAX_TOKENIZER_BYTES)
+            if not name.endswith(".model"):
+                content.decode("utf-8")
+        except ValueError as error:
+            problems.append(f"{file} is no part of a tokenizer: {error}")
+    return found
+
+
+def _optional_json(path: Path, name: str, problems: list[str]) -> dict[str, Any]:
+    if not os.path.lexists(path / name) or not _usable(path, name, problems):
+        return {}
+    return read_json(path / name, problems)
+
+
 def _required_config(path: Path) -> dict[str, Any]:
-    if not (path / "config.json").exists():
+    if not os.path.lexists(path / "config.json"):
         hints = {
             "adapter_config.json": "; this is an adapter: merge it into its base model first",
             "manifest": "; this looks like a jaxdecode checkpoint, which needs no conversion",
@@ -135,7 +166,7 @@ def _required_config(path: Path) -> dict[str, Any]:
             f"{path} is not a Hugging Face model directory: it has no config.json; found {_listing(path)}{hint}"
         )
     problems: list[str] = []
-    config = read_json(path / "config.json", problems)
+    config = _optional_json(path, "config.json", problems)
     if problems:
         raise ConversionError(problems)
     return config
@@ -144,11 +175,11 @@ def _required_config(path: Path) -> dict[str, Any]:
 def _shards(path: Path, chosen: str, problems: list[str]) -> dict[str, list[str]]:
     """File names in order, each with the tensors the index places there (none without an index)."""
     if not chosen.endswith(".index.json"):
-        if not _inside(path, path / chosen):
-            problems.append(f"{path / chosen} is a link that leads out of {path}")
-            return {}
-        return {chosen: []}
-    index = read_json(path / chosen, problems)
+        return {chosen: []} if _usable(path, chosen, problems) else {}
+    before = len(problems)
+    index = _optional_json(path, chosen, problems)
+    if len(problems) > before:
+        return {}
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         problems.append(f"{path / chosen} has no weight_map from tensor names to file names")
@@ -156,23 +187,50 @@ def _shards(path: Path, chosen: str, problems: list[str]) -> dict[str, list[str]
     files: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         files.setdefault(file, []).append(name)
-    return {file: names for file, names in sorted(files.items()) if _usable(path, chosen, file, names, problems)}
+    return {file: names for file, names in sorted(files.items()) if _shard_usable(path, chosen, file, names, problems)}
 
 
-def _usable(path: Path, index: str, file: str, names: list[str], problems: list[str]) -> bool:
+def _shard_usable(path: Path, index: str, file: str, names: list[str], problems: list[str]) -> bool:
     parts = PurePosixPath(file).parts
     if not parts or PurePosixPath(file).is_absolute() or ".." in parts or "\\" in file or "\0" in file:
-        problems.append(f"{index} names the shard {file!r}: shards must lie inside the model directory")
-    elif not (path / file).exists():
+        problems.append(f"{index} names the shard {file!r:.200}: shards must lie inside the model directory")
+    elif not _exists(path / file):
         problems.append(
-            f"missing shard: {index} names {file} (for {names[0]} and {len(names) - 1} other tensors), "
+            f"missing shard: {index} names {file!s:.200} (for {names[0]!s:.100} and {len(names) - 1} other tensors), "
             "which does not exist"
         )
-    elif not _inside(path, path / file):
-        problems.append(f"{path / file} is a link that leads out of {path}")
+    else:
+        return _usable(path, file, problems)
+    return False
+
+
+def _usable(path: Path, name: str, problems: list[str]) -> bool:
+    """Whether something in a model directory is a file of its own to read; if not, a problem says what it is."""
+    file = path / name
+    if not _exists(file):
+        problems.append(f"{file} is a link to nothing")
+    elif not _inside(path, file):
+        problems.append(f"{file} is a link that leads out of {path}")
+    elif not file.is_file():
+        kind = "a folder" if file.is_dir() else "a pipe, socket or device"
+        problems.append(f"{file} is {kind}; expected a plain file")
+    elif _begins_with(file, _LFS_POINTER):
+        problems.append(f"{file} is a pointer of Git LFS, not the file itself; run `git lfs pull` in its repository")
     else:
         return True
     return False
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _begins_with(file: Path, beginning: bytes) -> bool:
+    with open_plain(file) as opened:
+        return opened.read(len(beginning)) == beginning
 
 
 def _inside(directory: Path, file: Path) -> bool:
@@ -187,7 +245,8 @@ def _add_tensors(file: Path, tensors: dict[str, SourceTensor], problems: list[st
     try:
         found = _torch_tensors(file) if file.suffix == ".bin" else _safetensors(file)
     except (ValueError, OSError) as error:
-        problems += error.problems if isinstance(error, ConversionError) else [str(error)]
+        own = error.problems if isinstance(error, ConversionError) else [str(error)]
+        problems += [problem if str(file) in problem else f"{file}: {problem}" for problem in own]
         return
     for name, tensor in found.items():
         if name in tensors:

@@ -10,6 +10,7 @@ from convert.weights import Plan, Target
 from jaxdecode.config import ModelConfig
 
 _TABLE = "positions.weight"
+_MOST = 1 << 24
 
 
 def extend_positions(plan: Plan, config: ModelConfig, count: int) -> tuple[Plan, ModelConfig]:
@@ -26,6 +27,8 @@ def extend_positions(plan: Plan, config: ModelConfig, count: int) -> tuple[Plan,
         )
     if count <= config.max_position:
         raise ConversionError(f"--extend-positions must exceed the model's {config.max_position}; got {count}")
+    if count > _MOST:
+        raise ConversionError(f"--extend-positions must be at most {_MOST:,}; got {count}")
     items = {
         item: [_longer(target, config, count) if target.name == _TABLE else target for target in targets]
         for item, targets in plan.items.items()

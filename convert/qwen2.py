@@ -33,7 +33,8 @@ def layer_windows(fields: Fields) -> tuple[int | None, ...]:
 def typed_windows(fields: Fields, types: Any, window: int | None) -> tuple[int | None, ...]:
     """The window of each layer by what `layer_types` calls it; empty if there is none."""
     layers = fields.integer("num_hidden_layers")
-    if not isinstance(types, list) or len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or len(types) != layers or not all(kind in known for kind in types):
         fields.problems.append(
             f"config.json: layer_types must name full_attention or sliding_attention for each of {layers} "
             f"layers; it is {types!r:.80}"

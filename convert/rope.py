@@ -30,8 +30,13 @@ def parse_rope(fields: Fields, family: Family, max_position: int, head_dim: int)
     if not found:
         values["kind"] = family.rope_kinds[kind]
         values |= _KINDS[values["kind"]](own, fields.get("original_max_position_embeddings"), max_position)
+    if not found:
+        try:
+            return RopeConfig(**values)
+        except ValueError as error:
+            found.append(f"config.json: {error}")
     fields.problems += found
-    return RopeConfig() if found else RopeConfig(**values)
+    return RopeConfig()
 
 
 def _parameters(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:

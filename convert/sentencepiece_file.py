@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import ConversionError
-from convert.tokenizer import merges_from_scores, sentencepiece_bpe
+from convert.tokenizer import MAX_TOKENIZER_BYTES, merges_from_scores, sentencepiece_bpe
+from jaxdecode.foreign_files import read_plain
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # types of a piece
 _UNIGRAM, _BPE = 1, 2
@@ -73,7 +74,7 @@ def read_sentencepiece(file: Path) -> SentencePieceModel:
     """
     from google.protobuf.message import DecodeError
 
-    data = file.read_bytes()
+    data = read_plain(file, MAX_TOKENIZER_BYTES)
     if data.startswith(b"version https://git-lfs"):
         raise ConversionError(f"{file} is a Git LFS pointer, not the file itself: get that with `git lfs pull`")
     try:

@@ -69,12 +69,15 @@ def open_source(src: str | Path) -> Source:
     from convert.hf_directory import open_directory
 
     path = Path(src)
-    if path.is_dir():
-        return open_directory(path)
-    if path.is_file():
-        return open_gguf(path)
-    if path.exists():
-        raise ConversionError(f"{src} is neither a file nor a directory")
+    try:
+        if path.is_dir():
+            return open_directory(path)
+        if path.is_file():
+            return open_gguf(path)
+        if path.exists():
+            raise ConversionError(f"{src} is neither a file nor a directory")
+    except OSError as error:
+        raise ConversionError(f"{src} cannot be read: {error}") from error
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(src)) and not str(src).startswith("."):
         from convert.hub import download
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,9 @@ _WHOLE_WORDS_FIRST = (
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types
 _PREFIX = "tokenizer.ggml."
 _SPACE = "▁"  # sentencepiece's mark for a space
+MAX_TOKENIZER_BYTES = 128 << 20  # of a file; the largest published has 35 MB
+_LONGEST = 1_000  # characters of a token; the longest published have some 200
+_CHARACTERS = 8_000_000  # of all tokens together; every one may be a place to cut a token in two
 
 
 def tokenizer_problems(metadata: dict[str, Any]) -> list[str]:
@@ -47,23 +52,28 @@ def tokenizer_problems(metadata: dict[str, Any]) -> list[str]:
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens) or not tokens:
         return ["the tokenizer has no list of tokens"]
     problems = []
+    if max(map(len, tokens)) > _LONGEST or sum(map(len, tokens)) > _CHARACTERS:
+        problems.append(
+            f"the tokenizer's longest token has {max(map(len, tokens))} characters, all have {sum(map(len, tokens))}; "
+            f"{_LONGEST:,} and {_CHARACTERS:,} are the limits"
+        )
     if len(set(tokens)) < len(tokens):
         problems.append(f"the tokenizer's {len(tokens)} tokens hold {len(tokens) - len(set(tokens))} duplicates")
     if types is not None and (not isinstance(types, list) or len(types) != len(tokens)):
         problems.append(f"the tokenizer has {len(tokens)} tokens, but its list of token types has another length")
-    if model == "gpt2" and pre not in SPLITS:
+    if model == "gpt2" and (not isinstance(pre, str) or pre not in SPLITS):
         problems.append(f"tokenizer pre-tokenizer {pre!r:.80} is not supported; supported are {', '.join(SPLITS)}")
     key = "merges" if model == "gpt2" else "scores"
     values = metadata.get(f"{_PREFIX}{key}")
-    if not isinstance(values, list) or (model == "llama" and len(values) != len(tokens)):
+    if not isinstance(values, list) or (model == "llama" and not _are_scores(values, len(tokens))):
         problems.append(f"the tokenizer has no usable list of {key}")
     elif model == "gpt2":
         problems += _bad_merges(values, set(tokens))
     for name in ("bos", "eos", "unknown", "padding"):
         index = metadata.get(f"{_PREFIX}{name}_token_id", 0)
-        if not isinstance(index, int) or not 0 <= index < len(tokens):
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(tokens):
             problems.append(f"the tokenizer's {name}_token_id {index!r:.80} is outside its {len(tokens)} tokens")
-    return problems
+    return problems or _bad_bos(metadata)
 
 
 def write_gguf_tokenizer(metadata: dict[str, Any], target: Path) -> None:
@@ -178,6 +188,18 @@ def _adds_bos(metadata: dict[str, Any]) -> bool:
 def _special(metadata: dict[str, Any], name: str) -> str | None:
     index = metadata.get(f"{_PREFIX}{name}_token_id")
     return None if index is None else metadata[f"{_PREFIX}tokens"][index]
+
+
+def _bad_bos(metadata: dict[str, Any]) -> list[str]:
+    """Templates are written with spaces, $ and :, which a token in them must not hold."""
+    bos = _special(metadata, "bos")
+    if bos is None or not _adds_bos(metadata) or (bos and not re.search(r"[\s$:]", bos)):
+        return []
+    return [f"the tokenizer's bos token {bos!r:.80} cannot be put in front of a text"]
+
+
+def _are_scores(values: list[Any], count: int) -> bool:
+    return len(values) == count and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
 
 
 def _bad_merges(merges: list[Any], tokens: set[str]) -> list[str]:

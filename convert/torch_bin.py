@@ -1,74 +1,24 @@
 """Read `pytorch_model.bin` without torch and without running anything in it.
 
-A torch zip archive holds `data.pkl`, a pickled dict of tensors, and one stored entry per storage. A pickle is
-a program; here it may only name the few globals that build a dict of tensors, each replaced by an inert
-function.
+A torch zip archive holds `data.pkl`, a pickled dict of tensors, and one stored entry per storage.
 """
 
 from __future__ import annotations
 
-import collections
-import dataclasses
-import io
-import pickle
-import struct
-import zipfile
+import math
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from convert.errors import ConversionError
 from convert.sources import SourceTensor
-from jaxdecode.safetensors_file import map_file, numpy_dtype
+from convert.torch_pickle import TensorRecord, read_pickle
+from convert.zip_directory import ZipEntry, read_directory
+from jaxdecode.safetensors_file import MAX_RANK, map_file, numpy_dtype
 
-MAX_PICKLE_BYTES = 256 << 20  # names and shapes only; the largest models need a few MB
-_STORAGES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-}
-_MALFORMED = (
-    pickle.UnpicklingError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    EOFError,
-    OverflowError,
-    ImportError,
-    RecursionError,
-    struct.error,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class _StorageType:
-    dtype: str
-
-
-@dataclasses.dataclass(frozen=True)
-class _Storage:
-    dtype: str
-    key: str
-    count: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
+MAX_PICKLE_BYTES = 64 << 20  # names and shapes only; the largest models need a few MB
+MAX_SHARING = 4  # how many times the file's size its tensors may be; a tied head makes less than two
 
 
 def read_torch_file(path: Path) -> dict[str, SourceTensor]:
@@ -77,8 +27,8 @@ def read_torch_file(path: Path) -> dict[str, SourceTensor]:
     Raises:
       ConversionError: not such an archive, damaged, or its pickle asks for anything but tensors.
     """
-    with path.open("rb") as file:
-        magic = file.read(4)
+    mapped = map_file(path)
+    magic = mapped[:4].tobytes()
     if magic[:2] == b"\x80\x02" or not magic.startswith(b"PK"):
         kind = "torch's legacy format (before 1.6)" if magic[:1] == b"\x80" else "no zip archive"
         raise ConversionError(
@@ -86,140 +36,78 @@ def read_torch_file(path: Path) -> dict[str, SourceTensor]:
             "better, save the model as safetensors"
         )
     try:
-        with zipfile.ZipFile(path) as archive:
-            return _read_archive(path, archive)
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        RuntimeError,
-    ) as error:  # RuntimeError: features that zipfile lacks
+        entries = read_directory(mapped)
+    except ValueError as error:
         raise ConversionError(f"{path} is a truncated or damaged torch archive: {error}") from error
+    return _read_archive(path, mapped, entries)
 
 
-def _read_archive(path: Path, archive: zipfile.ZipFile) -> dict[str, SourceTensor]:
-    names = [name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
+def _read_archive(path: Path, mapped: np.ndarray, entries: dict[str, ZipEntry]) -> dict[str, SourceTensor]:
+    names = [name for name in entries if name.endswith("/data.pkl") or name == "data.pkl"]
     if len(names) != 1:
         raise ConversionError(f"{path} is no torch archive: it holds {len(names)} files named data.pkl; expected one")
     root = names[0].removesuffix("data.pkl")
-    if archive.getinfo(names[0]).file_size > MAX_PICKLE_BYTES:
-        raise ConversionError(
-            f"{path}: its data.pkl claims {archive.getinfo(names[0]).file_size} bytes; the limit is {MAX_PICKLE_BYTES}"
-        )
-    if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+    if f"{root}byteorder" in entries and _content(path, mapped, entries, f"{root}byteorder", 16) != b"little":
         raise ConversionError(f"{path} was written on a big-endian machine; only little-endian archives are read")
-    records = _unpickle(path, archive.read(names[0]))
-    mapped, tensors = map_file(path), {}
-    for name, record in records.items():
-        if not isinstance(name, str) or not isinstance(record, _Tensor):
-            raise ConversionError(
-                f"{path}: expected a dict from names to tensors; {name!r:.80} is a {type(record).__name__}"
-            )
-        try:
-            tensors[name] = _locate(path, archive, root, mapped, name, record)
-        except _MALFORMED as error:
-            if isinstance(error, ConversionError):
-                raise
-            raise ConversionError(f"{path}: tensor {name!r} is malformed: {error!r:.200}") from error
+    try:
+        records = read_pickle(_content(path, mapped, entries, names[0], MAX_PICKLE_BYTES))
+    except ConversionError as error:
+        raise ConversionError([f"{path}: {problem}" for problem in error.problems]) from error
+    except ValueError as error:
+        raise ConversionError(f"{path}: its pickle is malformed: {error}") from error
+    tensors = {name: _locate(path, mapped, entries, root, name, record) for name, record in records.items()}
+    claimed = sum(math.prod(tensor.shape) * numpy_dtype(tensor.dtype).itemsize for tensor in tensors.values())
+    if claimed > MAX_SHARING * len(mapped):
+        raise ConversionError(f"{path}: its tensors claim {claimed:,} bytes; the file has {len(mapped):,}")
     return tensors
 
 
-def _unpickle(path: Path, data: bytes) -> dict[Any, Any]:
-    try:
-        records = _TensorUnpickler(path, data).load()
-    except ConversionError:
-        raise
-    except _MALFORMED as error:
-        raise ConversionError(f"{path}: its pickle is malformed: {error!r:.200}") from error
-    if not isinstance(records, dict):
-        raise ConversionError(f"{path} holds a {type(records).__name__}; expected a dict from names to tensors")
-    return records
+def _content(path: Path, mapped: np.ndarray, entries: dict[str, ZipEntry], name: str, most: int) -> bytes:
+    """The bytes of a small entry."""
+    entry = _plain_entry(path, entries, name)
+    if entry.stop - entry.start > most:
+        raise ConversionError(f"{path}: its {name!r:.80} has {entry.stop - entry.start} bytes; the limit is {most}")
+    content = mapped[entry.start : entry.stop].tobytes()
+    if zlib.crc32(content) != entry.crc:
+        raise ConversionError(f"{path} is a truncated or damaged torch archive: the checksum of {name!r:.80} is wrong")
+    return content
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Resolves the globals of a dict of tensors to functions of ours, refuses every other."""
-
-    def __init__(self, path: Path, data: bytes):
-        super().__init__(io.BytesIO(data))
-        self._path = path
-
-    def find_class(self, module: str, name: str) -> Any:  # called by pickle for every global it meets
-        allowed = {
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-            ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-        }
-        if (module, name) in allowed:
-            return allowed[module, name]
-        if module == "torch" and name in _STORAGES:
-            return _StorageType(_STORAGES[name])
-        raise ConversionError(
-            f"{self._path} is refused: its pickle asks for {module}.{name}, which a dict of tensors does "
-            "not need and which could run code"
-        )
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        tag, kind, key, _location, count = pid
-        if tag != "storage" or not isinstance(kind, _StorageType):
-            raise pickle.UnpicklingError(f"unknown persistent id {pid!r:.100}")
-        return _Storage(kind.dtype, str(key), _natural(count))
-
-
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
-    if not isinstance(storage, _Storage) or len(shape) != len(strides):
-        raise ValueError("a tensor needs a storage, and as many strides as dimensions")
-    return _Tensor(storage, _natural(offset), tuple(map(_natural, shape)), tuple(map(_natural, strides)))
-
-
-def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
-    return tensor
-
-
-def _natural(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"expected a natural number, got {value!r:.60}")
-    return value
+def _plain_entry(path: Path, entries: dict[str, ZipEntry], name: str) -> ZipEntry:
+    if name not in entries:
+        raise ConversionError(f"{path}: truncated: the archive has no entry {name!r:.80}")
+    if not entries[name].plain:
+        raise ConversionError(f"{path}: entry {name!r:.80} is compressed or encrypted; torch stores it plainly")
+    return entries[name]
 
 
 def _locate(
-    path: Path, archive: zipfile.ZipFile, root: str, mapped: np.ndarray, name: str, record: _Tensor
+    path: Path, mapped: np.ndarray, entries: dict[str, ZipEntry], root: str, name: str, record: TensorRecord
 ) -> SourceTensor:
-    start, size = _entry_extent(path, archive, f"{root}data/{record.storage.key}", mapped)
-    dtype = numpy_dtype(record.storage.dtype)
-    needed = record.offset + 1 + sum((n - 1) * s for n, s in zip(record.shape, record.strides, strict=True))
-    if 0 in record.shape:
+    storage, shape = record.storage, record.shape
+    entry = _plain_entry(path, entries, f"{root}data/{storage.key}")
+    dtype, size = numpy_dtype(storage.dtype), entry.stop - entry.start
+    needed = record.offset + 1 + sum((n - 1) * s for n, s in zip(shape, record.strides, strict=True))
+    if 0 in shape:
         needed = 0
-    if needed > record.storage.count or record.storage.count * dtype.itemsize > size:
+    if needed > storage.count or storage.count * dtype.itemsize > size:
         raise ConversionError(
-            f"{path}: truncated: {name} needs {needed} elements; its storage claims {record.storage.count} "
+            f"{path}: truncated: {name} needs {needed} elements; its storage claims {storage.count} "
             f"of {dtype} and holds {size} bytes"
         )
-    flat = mapped[start : start + record.storage.count * dtype.itemsize].view(dtype)[record.offset :]
-    strides = tuple(stride * dtype.itemsize for stride in record.strides)
-    array = np.lib.stride_tricks.as_strided(flat, record.shape, strides, writeable=False)
+    if len(shape) > MAX_RANK or math.prod(n or 1 for n in shape) > max(storage.count, 1):
+        raise ConversionError(
+            f"{path}: {name!r:.80} is a view {list(shape)!s:.80} that repeats elements of its storage, which has "
+            f"{storage.count}"
+        )
+    flat = mapped[entry.start : entry.start + storage.count * dtype.itemsize].view(dtype)[record.offset :]
+    strides = tuple(s * dtype.itemsize if n > 1 else 0 for n, s in zip(shape, record.strides, strict=True))
+    array = np.lib.stride_tricks.as_strided(flat, shape, strides, writeable=False)
     return SourceTensor(
         name=name,
-        stored=record.storage.dtype,
-        dtype=record.storage.dtype,
-        shape=record.shape,
+        stored=storage.dtype,
+        dtype=storage.dtype,
+        shape=shape,
         where=path.name,
         read=lambda first, last: array[first:last],
     )
-
-
-def _entry_extent(path: Path, archive: zipfile.ZipFile, entry: str, mapped: np.ndarray) -> tuple[int, int]:
-    """Where a stored zip entry's bytes are in the file: (start, size)."""
-    try:
-        info = archive.getinfo(entry)
-    except KeyError as error:
-        raise ConversionError(f"{path}: truncated: the archive has no entry {entry}") from error
-    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-        raise ConversionError(f"{path}: entry {entry} is compressed or encrypted; torch stores tensors plainly")
-    header = mapped[info.header_offset : info.header_offset + 30].tobytes()
-    if len(header) < 30 or header[:4] != b"PK\x03\x04":
-        raise ConversionError(f"{path}: entry {entry} has no header where the archive says")
-    name_length, extra_length = struct.unpack("<HH", header[26:30])
-    start = info.header_offset + 30 + name_length + extra_length
-    if start + info.file_size > len(mapped):
-        raise ConversionError(f"{path}: truncated: entry {entry} ends after the file")
-    return start, info.file_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 
@@ -52,7 +53,7 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        return sum(int(np.prod(target.shape)) for target in self.targets)
+        return sum(math.prod(target.shape) for target in self.targets)
 
     @property
     def disk_bytes(self) -> int:
@@ -142,7 +143,7 @@ def _cast(values: np.ndarray, dtype: np.dtype, target: Target, part: SourceTenso
 
 
 def _row_bytes(shape: tuple[int, ...]) -> int:
-    return 4 * int(np.prod(shape[1:]))
+    return 4 * max(1, math.prod(shape[1:]))
 
 
 def _match(

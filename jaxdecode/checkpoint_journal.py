@@ -13,7 +13,7 @@ Line = dict[str, Any]
 def read_journal(path: Path) -> list[Line]:
     """The whole lines of a journal; empty if there is none."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return []
     lines = []

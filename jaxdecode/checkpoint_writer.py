@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -72,7 +73,7 @@ class CheckpointWriter:
           ValueError: the destination exists, another writer is at work, or PATH.partial is not ours.
         """
         refuse_existing(self.path)
-        if self.partial.exists() and not (self.partial / "lock").exists() and any(self.partial.iterdir()):
+        if not _is_unfinished(self.partial):
             raise ValueError(f"{self.partial} is in the way: it is not an unfinished checkpoint; move it")
         self.partial.mkdir(parents=True, exist_ok=True)
         self._lock = (self.partial / "lock").open("a")
@@ -189,14 +190,12 @@ class CheckpointWriter:
             self._remember(line)
 
     def _intact(self, line: dict[str, Any]) -> bool:
-        file = self._weights / f"{line['item']}.safetensors"
         try:
-            entries = safetensors_file.read_header(file)
-        except (OSError, ValueError):
+            entries = safetensors_file.read_header(self._weights / f"{line['item']}.safetensors")
+            written = {name: (row["dtype"], row["shape"]) for name, row in line["tensors"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a line of the journal may hold anything
             return False
-        return {name: (row["dtype"], row["shape"]) for name, row in line["tensors"].items()} == {
-            name: (entry.dtype, list(entry.shape)) for name, entry in entries.items()
-        }
+        return written == {name: (entry.dtype, list(entry.shape)) for name, entry in entries.items()}
 
     def _note(self, line: dict[str, Any]) -> None:
         assert self._journal is not None, "write_item is called inside the context"
@@ -225,6 +224,17 @@ class CheckpointWriter:
 def partial_dir(path: Path) -> Path:
     """Where an unfinished checkpoint of `path` lives: beside it, so that a rename finishes it."""
     return path.parent / f"{path.name}.partial"
+
+
+def _is_unfinished(partial: Path) -> bool:
+    """Whether there is nothing, nothing yet, or what a writer left: a lock among plain files, no link."""
+    if not os.path.lexists(partial):
+        return True
+    if partial.is_symlink() or not partial.is_dir():
+        return False
+    inside = [Path(folder) / name for folder, folders, files in os.walk(partial) for name in folders + files]
+    plain = all(stat.S_ISREG(mode) or stat.S_ISDIR(mode) for mode in (path.lstat().st_mode for path in inside))
+    return not inside or (plain and (partial / "lock").is_file())
 
 
 def refuse_existing(path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 NormKind = Literal["rms", "layer"]
+_FLOAT32_MAX = 3.4e38
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,10 @@ class RopeConfig:
             raise ValueError(f"rope kind must be one of {', '.join(get_args(RopeKind))}; got {self.kind!r}")
         if self.theta <= 0 or self.factor <= 0:
             raise ValueError(f"rope theta and factor must be positive; got {self.theta=}, {self.factor=}")
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
+                     "attention_factor"):  # fmt: skip
+            if not abs(getattr(self, name)) <= _FLOAT32_MAX:
+                raise ValueError(f"rope {name} must be a float32; got {getattr(self, name)}")
         if self.kind in ("dynamic", "llama3", "yarn", "longrope") and not self.original_max_len:
             raise ValueError(f"rope kind {self.kind!r} needs original_max_len; got {self.original_max_len}")
         factors = self.short_factors + self.long_factors

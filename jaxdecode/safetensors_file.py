@@ -19,8 +19,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxdecode.foreign_files import open_plain, parse_json
+
 ALIGNMENT = 64  # bytes; what XLA needs to use a host buffer without copying it
-MAX_HEADER_BYTES = 100_000_000  # the limit of the official library
+MAX_HEADER_BYTES = 32 << 20  # a third of the official library's limit; 90,000 tensors take 10 MB
+MAX_HEADER_VALUES = 1_500_000  # names, numbers and lists: a tensor has eleven
+MAX_RANK = 16
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64",
@@ -56,8 +60,8 @@ def read_header(path: str | Path) -> dict[str, Entry]:
       ValueError: the file is not a complete, well-formed safetensors file; the message names it.
     """
     path = Path(path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_plain(path) as file:
+        size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8:
@@ -77,8 +81,8 @@ def read_header(path: str | Path) -> dict[str, Entry]:
 
 def _parse(path: Path, text: bytes, data_start: int) -> dict[str, Entry]:
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(text, most_values=MAX_HEADER_VALUES)
+    except ValueError as error:
         raise ValueError(f"{path}: not a safetensors file: the header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path}: not a safetensors file: the header is a {type(header).__name__}, not an object")
@@ -86,25 +90,20 @@ def _parse(path: Path, text: bytes, data_start: int) -> dict[str, Entry]:
     return {name: _entry(path, name, fields, data_start) for name, fields in header.items()}
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} appears twice")
-    return dict(pairs)
-
-
 def _entry(path: Path, name: str, fields: Any, data_start: int) -> Entry:
     def natural(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
-    where = f"{path}: tensor {name!r}"
+    where = f"{path}: tensor {name!r:.200}"
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= set(fields):
         raise ValueError(f"{where}: the header entry needs dtype, shape and data_offsets; got {fields!r:.200}")
     code, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        raise ValueError(f"{where}: unknown dtype {code!r}; known are {', '.join(DTYPES)}")
-    if not isinstance(shape, list) or not all(map(natural, shape)):
-        raise ValueError(f"{where}: the shape must be a list of natural numbers; got {shape!r:.200}")
+        raise ValueError(f"{where}: unknown dtype {code!r:.80}; known are {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(map(natural, shape)):
+        raise ValueError(
+            f"{where}: the shape must be a list of natural numbers, at most {MAX_RANK}; got {shape!r:.200}"
+        )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(natural, offsets)):
         raise ValueError(f"{where}: data_offsets must be two natural numbers; got {offsets!r:.200}")
     expected = tensor_bytes(tuple(shape), DTYPES[code])
@@ -112,6 +111,8 @@ def _entry(path: Path, name: str, fields: Any, data_start: int) -> Entry:
         raise ValueError(
             f"{where}: {code}{shape} takes {expected} bytes, data_offsets {offsets} hold {offsets[1] - offsets[0]}"
         )
+    if math.prod(size or 1 for size in shape) >= 1 << 60:  # a dimension of 0 makes room for any other
+        raise ValueError(f"{where}: {shape} is no shape of an array")
     start, stop = (data_start + offset for offset in offsets)
     return Entry(dtype=DTYPES[code], shape=tuple(shape), start=start, stop=stop)
 
@@ -121,7 +122,9 @@ def _check_extents(path: Path, entries: dict[str, Entry], data_start: int, size:
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != position:
             how = "overlaps the tensor before it" if entry.start < position else "leaves a hole before it"
-            raise ValueError(f"{path}: tensor {name!r} {how}: it starts at byte {entry.start}, expected {position}")
+            raise ValueError(
+                f"{path}: tensor {name!r:.200} {how}: it starts at byte {entry.start}, expected {position}"
+            )
         position = entry.stop
     if position > size:
         raise ValueError(f"{path}: truncated: its tensors need {position} bytes, the file has {size}")
@@ -160,8 +163,8 @@ def plan_header(
 
 
 def map_file(path: str | Path) -> np.ndarray:
-    """The bytes of a file as a read-only uint8 array backed by the page cache."""
-    with Path(path).open("rb") as file:
+    """The bytes of a plain file as a read-only uint8 array backed by the page cache."""
+    with open_plain(path) as file:
         if not os.fstat(file.fileno()).st_size:
             return np.zeros(0, np.uint8)
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)

@@ -409,7 +409,8 @@ bin_case("bin_pickle_cut", pickled(made.pickle_of(without())[:200]), "its pickle
 bin_case("bin_legacy", lambda file: file.write_bytes(b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."),  # type: ignore
          "legacy format", "safetensors")  # fmt: skip
 bin_case("bin_truncated", lambda file: file.write_bytes(file.read_bytes()[:-2000]), "truncated or damaged")  # type: ignore
-bin_case("bin_is_text", lambda file: file.write_text("version https://git-lfs"), "no zip archive")  # type: ignore
+bin_case("bin_is_text", lambda file: file.write_text("weights, honest"), "no zip archive")  # type: ignore
+bin_case("bin_not_fetched", lambda file: file.write_text("version https://git-lfs"), "pointer of Git LFS")  # type: ignore
 bin_case("bin_storage_too_small", storage_too_small, "truncated", "model.embed_tokens.weight needs 2304 elements")
 bin_case("bin_compressed", compressed, "compressed or encrypted")
 
