@@ -12,7 +12,7 @@ BIN := .venv/bin
 # Two processes, each test file in one of them.
 PYTEST := -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-live test-compiled test-mutations fuzz check-figure lint types env env-hf env-check weights clean
+.PHONY: demo test test-live test-compiled test-mutations test-full-size fuzz check-figure lint types env env-hf env-check weights clean
 
 demo: env
 	@$(BIN)/python scripts/demo.py --max-new-tokens $(MAX_NEW_TOKENS) -- "$$DEMO_QUESTION"
@@ -39,6 +39,10 @@ check-figure: env-check
 # Faults planted in the kernels, each found by a test.
 test-mutations: env-check
 	.venv-check/bin/python tests/mutations.py
+
+# ChatGLM2-6B at its real size, with random weights, converted and run: needs 25 GB of disk and 18 GB of memory.
+test-full-size: env
+	$(BIN)/python tests/convert/full_size.py .cache/full-size
 
 # Odd and hostile models for the converter, COUNT of them; those that break a law are left in .cache/fuzz.
 fuzz: env

@@ -14,7 +14,6 @@ import numpy as np
 from convert.errors import ConversionError
 from convert.hf_config import parse_config
 from convert.sources import Source, SourceTensor, fingerprint
-from convert.tokenizer import MAX_TOKENIZER_BYTES
 from jaxdecode import safetensors_file
 from jaxdecode.config import ModelConfig
 from jaxdecode.foreign_files import open_plain, parse_json, read_plain
@@ -37,7 +36,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 MAX_JSON_BYTES, MAX_JSON_VALUES = 64 << 20, 2_000_000  # of an index, where a tensor takes 100 and two
-MAX_TOKENIZER_VALUES = 8_000_000  # the largest published has half a million merges, a quarter of a million tokens
+# The largest published tokenizer has 35 MB, half a million merges and a quarter of a million tokens.
+MAX_TOKENIZER_BYTES, MAX_TOKENIZER_VALUES = 128 << 20, 8_000_000
 _LFS_POINTER = b"version https://git-lfs"
 
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from convert.errors import ConversionError
-from convert.tokenizer import MAX_TOKENIZER_BYTES, merges_from_scores, sentencepiece_bpe
+from convert.tokenizer import length_problems, merges_from_scores, sentencepiece_bpe
 from jaxdecode.foreign_files import read_plain
 
+_MOST_BYTES, _MOST_PIECES = 16 << 20, 1_000_000  # the largest published has 4 MB and a quarter of a million
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # types of a piece
 _UNIGRAM, _BPE = 1, 2
 _STRING, _FLOAT, _INT32, _BOOL, _BYTES, _MESSAGE = 9, 2, 5, 8, 12, 11  # google.protobuf's numbers of field types
@@ -74,13 +76,14 @@ def read_sentencepiece(file: Path) -> SentencePieceModel:
     """
     from google.protobuf.message import DecodeError
 
-    data = read_plain(file, MAX_TOKENIZER_BYTES)
-    if data.startswith(b"version https://git-lfs"):
-        raise ConversionError(f"{file} is a Git LFS pointer, not the file itself: get that with `git lfs pull`")
+    try:
+        data = read_plain(file, _MOST_BYTES)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
     try:
         model = _message("Model").FromString(data)
         problems = _problems(model)
-    except (DecodeError, UnicodeDecodeError) as error:
+    except DecodeError as error:
         problems = [f"it is damaged, or no SentencePiece model ({error})"]
     if problems:
         raise ConversionError([f"{file} ({len(data):,} bytes): {problem}" for problem in problems])
@@ -98,7 +101,11 @@ def _problems(model: Any) -> list[str]:
     pieces, trainer, normalizer = model.pieces, model.trainer_spec, model.normalizer_spec
     if not pieces:
         return ["it is damaged, or no SentencePiece model (it holds no pieces)"]
-    problems = []
+    if len(pieces) > _MOST_PIECES:
+        return [f"it holds {len(pieces):,} pieces; at most {_MOST_PIECES:,} are read"]
+    if not all(isinstance(piece.piece, str) for piece in pieces):  # what is no text comes as bytes
+        return ["it is damaged (a piece is no UTF-8)"]
+    problems = length_problems([piece.piece for piece in pieces])
     if trainer.model_type != _BPE:
         problems.append(f"its model_type is {trainer.model_type}; supported is {_BPE}, BPE")
     wanted = {"byte_fallback": True, "treat_whitespace_as_suffix": False}
@@ -115,7 +122,9 @@ def _problems(model: Any) -> list[str]:
     repeated = len(pieces) - len({piece.piece for piece in pieces})
     if repeated:
         problems.append(f"{repeated} of its {len(pieces)} pieces occur twice")
-    if len({piece.score for piece in pieces if piece.type == _NORMAL}) != types[_NORMAL]:
+    if not all(math.isfinite(piece.score) for piece in pieces):
+        problems.append("some of its scores are no finite numbers")
+    elif len({piece.score for piece in pieces if piece.type == _NORMAL}) != types[_NORMAL]:
         problems.append("two of its pieces have the same score, which leaves open which is joined first")
     for name in ("unk_id", "bos_id", "eos_id"):
         if not 0 <= getattr(trainer, name) < len(pieces):

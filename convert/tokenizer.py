@@ -38,7 +38,6 @@ _WHOLE_WORDS_FIRST = (
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types
 _PREFIX = "tokenizer.ggml."
 _SPACE = "▁"  # sentencepiece's mark for a space
-MAX_TOKENIZER_BYTES = 128 << 20  # of a file; the largest published has 35 MB
 _LONGEST = 1_000  # characters of a token; the longest published have some 200
 _CHARACTERS = 8_000_000  # of all tokens together; every one may be a place to cut a token in two
 
@@ -51,12 +50,7 @@ def tokenizer_problems(metadata: dict[str, Any]) -> list[str]:
         return [f"tokenizer model {model!r:.80} is not supported; supported are gpt2 and llama"]
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens) or not tokens:
         return ["the tokenizer has no list of tokens"]
-    problems = []
-    if max(map(len, tokens)) > _LONGEST or sum(map(len, tokens)) > _CHARACTERS:
-        problems.append(
-            f"the tokenizer's longest token has {max(map(len, tokens))} characters, all have {sum(map(len, tokens))}; "
-            f"{_LONGEST:,} and {_CHARACTERS:,} are the limits"
-        )
+    problems = length_problems(tokens)
     if len(set(tokens)) < len(tokens):
         problems.append(f"the tokenizer's {len(tokens)} tokens hold {len(tokens) - len(set(tokens))} duplicates")
     if types is not None and (not isinstance(types, list) or len(types) != len(tokens)):
@@ -74,6 +68,17 @@ def tokenizer_problems(metadata: dict[str, Any]) -> list[str]:
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(tokens):
             problems.append(f"the tokenizer's {name}_token_id {index!r:.80} is outside its {len(tokens)} tokens")
     return problems or _bad_bos(metadata)
+
+
+def length_problems(tokens: list[str]) -> list[str]:
+    """Why tokens are too long to be looked at one cut at a time; empty if they are not."""
+    longest, together = max(map(len, tokens)), sum(map(len, tokens))
+    if longest <= _LONGEST and together <= _CHARACTERS:
+        return []
+    return [
+        f"the tokenizer's longest token has {longest} characters, all have {together}; "
+        f"{_LONGEST:,} and {_CHARACTERS:,} are the limits"
+    ]
 
 
 def write_gguf_tokenizer(metadata: dict[str, Any], target: Path) -> None:

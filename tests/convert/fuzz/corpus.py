@@ -16,6 +16,8 @@ import made
 from binary_inputs import gguf, safetensors, sound_gguf, split
 from inputs import LFS_POINTER, Files, Input, Special, base, dumps, placed
 from made import tiny_hf
+from sentencepiece_inputs import sound as sound_chatglm
+from sentencepiece_models import train
 from torch_inputs import archive
 
 CASES: dict[str, tuple[Callable[[], Input], tuple[str, ...]]] = {}
@@ -86,6 +88,31 @@ text_case("tokenizer_was_not_fetched", "tokenizer.model", lambda: LFS_POINTER, "
 text_case("tokenizer_of_lists", "tokenizer.json", lambda: b'{"a":[' + b"[]," * 40_000_000 + b"[]]}", "values")
 text_case("largest_tokenizer", "tokenizer.json", lambda: b'{"a":[' + b"[]," * 3_700_000 + b"[]]}")
 text_case("tokenizer_of_garbage", "tokenizer.model", lambda: bytes(range(256)) * 40)
+
+
+# A ChatGLM's tokenizer.model
+
+
+def sentencepiece_case(name: str, make: Callable[[], bytes | Special], *phrases: str) -> None:
+    CASES[name] = (lambda: Input(files=placed(sound_chatglm() | {"tokenizer.model": make()})), phrases)
+
+
+def _piece(**changes: Any) -> bytes:
+    """The sound model with one ordinary piece changed."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model: Any = sentencepiece_model_pb2.ModelProto.FromString(train())
+    for name, value in changes.items():
+        setattr(model.pieces[300], name, value)
+    return model.SerializeToString()
+
+
+sentencepiece_case("pieces_sound", train)
+sentencepiece_case("pieces_of_no_text", lambda: train().replace("▁".encode(), b"\xff\x96\x81", 1), "no UTF-8")
+sentencepiece_case("pieces_score_nan", lambda: _piece(score=float("nan")), "no finite numbers")
+sentencepiece_case("pieces_one_is_long", lambda: _piece(piece="a" * 4_000_000), "longest token has 4000000 characters")
+sentencepiece_case("pieces_are_many", lambda: b"\n\0" * 7_000_000, "7,000,000 pieces; at most 1,000,000")
+sentencepiece_case("pieces_are_very_many", lambda: b"\n\0" * 9_000_000, "more than 16,777,216 bytes")
 
 
 def index_case(name: str, shard: str, *phrases: str, around: Files | None = None) -> None:

@@ -14,7 +14,7 @@ _ROPE_KINDS = ["default", "linear", "dynamic", "llama3", "yarn", "longrope", "su
 _ROPE_KEYS = [
     "rope_type", "type", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
     "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim", "rope_theta",
-    "full_attention", "sliding_attention", "partial_rotary_factor",
+    "full_attention", "sliding_attention", "partial_rotary_factor", "short_factor", "long_factor",
 ]  # fmt: skip
 _CONFIG_KEYS = [
     *sorted({key for case in tiny_hf.CASES.values() for key in case}),

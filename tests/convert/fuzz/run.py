@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-KINDS = ("config", "generation", "index", "tokenizer", "safetensors", "gguf", "torch", "files")
+KINDS = ("config", "generation", "index", "tokenizer", "sentencepiece", "safetensors", "gguf", "torch", "files")
 SILENCE = 180  # looks, half a second apart, without a new input: a worker is stuck; an alarm cannot end all that hangs
 
 

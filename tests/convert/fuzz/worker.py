@@ -21,6 +21,7 @@ import file_inputs
 import hypothesis
 import json_inputs
 import laws
+import sentencepiece_inputs
 import torch_inputs
 from inputs import Input
 
@@ -29,6 +30,7 @@ KINDS = {
     "generation": json_inputs.generation_configs(),
     "index": json_inputs.indexes(),
     "tokenizer": json_inputs.tokenizer_files(),
+    "sentencepiece": sentencepiece_inputs.sentencepiece_files(),
     "safetensors": binary_inputs.safetensors_files(),
     "gguf": binary_inputs.gguf_files(),
     "torch": torch_inputs.torch_files(),
