@@ -13,7 +13,7 @@ from jaxdecode.config import ModelConfig, RopeConfig
 from jaxdecode.decoding import Run
 from jaxdecode.engine import step
 from jaxdecode.generation import Generation, jit_generate, read_prompt, score, stream
-from jaxdecode.models import build, init_params
+from jaxdecode.models import abstract_params, build, init_params
 from tests.tiny import FAMILIES, OPT, prompts, tiny_config, tiny_model
 
 KEY = jax.random.key(7)
@@ -202,6 +202,20 @@ def test_half_precision_stays_near_float32(model, dtype):
     assert np.abs(difference).max() < {jnp.bfloat16: 0.15, jnp.float16: 0.02}[dtype]
     out = jit_generate(half, config, tokens, lengths, KEY, max_new_tokens=4)
     assert out.logprobs.dtype == jnp.float32 and np.isfinite(out.logprobs).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_weights_are_never_widened_all_at_once(dtype):
+    """A CPU multiplies in float32; a copy of every layer's weights in that type would not fit beside them."""
+
+    def temporary(num_layers: int) -> int:
+        config = tiny_config(num_layers=num_layers, mlp_dim=4096)
+        shapes = jax.ShapeDtypeStruct((1, 40), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+        lowered = jit_generate.lower(abstract_params(config, dtype), config, *shapes, KEY, max_new_tokens=8)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    layer = 3 * 4096 * tiny_config().embed_dim * 4  # bytes of its MLP in float32
+    assert temporary(9) - temporary(3) < layer
 
 
 def test_dynamic_rope_reads_each_rows_own_length():
