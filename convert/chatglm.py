@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from convert.chatglm_version import version_of_names
 from convert.family import Family, Fields
 from convert.rows import pairs_side_by_side
 from jaxdecode.config import ModelConfig, RopeConfig
@@ -34,29 +35,38 @@ def _features(fields: Fields) -> dict[str, Any]:
 
 
 def _rope(fields: Fields) -> RopeConfig:
+    turned = max(fields.integer("head_dim") // 2, 1)
     try:
-        return RopeConfig(theta=_THETA * _rope_ratio(fields), rotary_dim=max(fields.integer("head_dim") // 2, 1))
+        return RopeConfig(rotary_dim=turned, **_stretched(fields))
     except ValueError as error:
         fields.problems.append(f"config.json: rope_ratio: {error}")
         return RopeConfig()
 
 
-def _rope_ratio(fields: Fields) -> float:
-    """What theta is multiplied with, by the code of ChatGLM3; that of ChatGLM2-6B-32k divided positions by it."""
+def _stretched(fields: Fields) -> dict[str, Any]:
+    """What rope_ratio means: the code of ChatGLM2 divides positions by it, that of ChatGLM3 multiplies theta."""
     ratio, name = fields.number("rope_ratio"), fields.config.get("_name_or_path")
-    if ratio != 1 and "chatglm2" in str(name).lower():
-        fields.problems.append(
-            f"config.json: rope_ratio {ratio:g} of {name!r:.80} divides positions, which is not supported; that of "
-            "ChatGLM3, which multiplies the base of the frequencies, is"
-        )
-    return ratio
+    version = version_of_names(fields.config)
+    if ratio == 1 or version == 3:
+        return {"theta": _THETA * ratio}
+    if version == 2:
+        return {"theta": _THETA, "kind": "linear", "factor": ratio}
+    fields.problems.append(
+        f"config.json: rope_ratio {ratio:g} divides positions in ChatGLM2 and multiplies the base of the frequencies "
+        f"in ChatGLM3, and nothing says which this is; _name_or_path is {name!r:.80}: write a name there whose last "
+        "part holds chatglm2 or chatglm3, for example THUDM/chatglm3-6b-32k"
+    )
+    return {"theta": _THETA}
 
 
 def _to_hf(config: ModelConfig) -> dict[str, Any]:
     if config.rope is None:
         raise ValueError("chatglm has rotary positions; got learned ones")
-    ratio = config.rope.theta / _THETA
+    linear = config.rope.kind == "linear"
+    ratio = config.rope.factor if linear else config.rope.theta / _THETA
+    name = {} if ratio == 1 else {"_name_or_path": f"chatglm{2 if linear else 3}"}
     return {
+        **name,
         **_REQUIRED,
         "add_bias_linear": config.out_bias,
         "add_qkv_bias": config.qkv_bias,

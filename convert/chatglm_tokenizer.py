@@ -12,14 +12,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from convert.chatglm_version import find_version
 from convert.errors import ConversionError
 from convert.sentencepiece_file import SentencePieceModel, read_sentencepiece
-from jaxdecode.foreign_files import open_plain
 
 CLASS = "ChatGLMTokenizer"
 _SPECIALS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
-_MOST_CODE = 1 << 20  # bytes of it that are looked at
 _STOPS = ("<|user|>", "<|observation|>")  # ChatGLM3 ends its turn with one of these, or with eos
 
 # A line's indentation and the line breaks between tags are dropped by {%- and -%}.
@@ -64,6 +63,10 @@ class ChatGLMTokenizer:
         first = len(model.pieces)
         self._ids = {name: first + index for index, name in enumerate(self._specials)}
 
+    def taken(self) -> list[str]:
+        """Names of special tokens that are pieces too, of which `tokenizers` can give one name only one id."""
+        return sorted(set(self._specials) & set(self._model.pieces))
+
     @property
     def size(self) -> int:
         """Number of tokens, special ones included."""
@@ -84,6 +87,8 @@ class ChatGLMTokenizer:
         tokenizer, model = self._model.build(), self._model
         names = (model.unknown, model.bos, model.eos, *self._specials)
         tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+        given = {name: tokenizer.token_to_id(name) for name in self._ids}
+        assert given == self._ids, f"special tokens have the ids {given}; expected {self._ids}"
         begin = [(name, self._ids[name]) for name in ("[gMASK]", "sop")]
         tokenizer.post_processor = processors.TemplateProcessing(
             single="[gMASK] sop $A", pair=f"[gMASK] sop $A $B {model.eos}",
@@ -127,6 +132,11 @@ def open_chatglm_tokenizer(path: Path, config: dict[str, Any]) -> ChatGLMTokeniz
     tokenizer = ChatGLMTokenizer(
         read_sentencepiece(model_file), _version(path, said, config), length if isinstance(length, int) else None
     )
+    if taken := tokenizer.taken():
+        raise ConversionError(
+            f"{model_file} holds {', '.join(map(repr, taken))} as pieces of text, which are names of special tokens "
+            "too; a tokenizer of one id for each name cannot say that; remove the tokenizer's files to convert without it"
+        )
     room = config.get("padded_vocab_size")
     if isinstance(room, int) and tokenizer.size > room:
         raise ConversionError(
@@ -147,20 +157,12 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _version(path: Path, said: dict[str, Any], config: dict[str, Any]) -> int:
-    """2 or 3, which share everything but the special tokens' number and the chat; their code is read as text."""
-    code = path / "tokenization_chatglm.py"
-    names = [str(fields.get(key)).lower() for fields in (said, config) for key in ("name_or_path", "_name_or_path")]
-    marks = {"chatglm2": 2, "codegeex2": 2, "chatglm3": 3}
-    found = [version for name in names for mark, version in marks.items() if mark in name]
-    if "<|observation|>" in json.dumps(said):
-        return 3
-    if found:
-        return found[0]
-    if code.is_file():
-        with open_plain(code) as opened:
-            return 3 if b"<|observation|>" in opened.read(_MOST_CODE) else 2
+    """2 or 3, which share everything but the special tokens' number and the chat."""
+    found = find_version(path, said, config)
+    if found is not None:
+        return found
     raise ConversionError(
         f"{path}: nothing says whether the tokenizer is ChatGLM2's or ChatGLM3's, whose chats differ; expected "
-        "tokenizer_config.json to hold a name_or_path with chatglm2 or chatglm3 in it, found "
+        "tokenizer_config.json to hold a name_or_path with chatglm2 or chatglm3 in its last part, found "
         f"{said.get('name_or_path')!r:.80}; write one there, for example THUDM/chatglm2-6b"
     )

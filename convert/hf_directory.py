@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.chatglm_version import with_version
 from convert.errors import ConversionError
 from convert.hf_config import parse_config
 from convert.sources import Source, SourceTensor, fingerprint
@@ -48,7 +49,7 @@ def open_directory(path: Path) -> Source:
       ConversionError: it holds no config.json or no weights.
     """
     problems: list[str] = []
-    config = _required_config(path)
+    config = with_version(path, _required_config(path))
     generation = _optional_json(path, "generation_config.json", problems)
     chosen = next((name for name in WEIGHT_FILES if os.path.lexists(path / name)), None)
     if chosen is None:
@@ -99,7 +100,7 @@ def read_config(file: Path) -> tuple[ModelConfig, str]:
     if problems:
         raise ConversionError(problems)
     dtype = config.get("dtype", config.get("torch_dtype"))
-    return parse_config(config, {}), dtype if isinstance(dtype, str) else "float16"
+    return parse_config(with_version(file.parent, config), {}), dtype if isinstance(dtype, str) else "float16"
 
 
 def read_json(path: Path, problems: list[str], *, tokenizer: bool = False) -> dict[str, Any]:

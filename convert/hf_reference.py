@@ -165,18 +165,19 @@ def _load_chatglm(source: Path, dtype, attn_implementation: str):
     import transformers
 
     said = json.loads((source / "config.json").read_text())
-    if said.get("add_bias_linear") or not said.get("post_layer_norm", True):
+    said = _CHATGLM_DEFAULTS | {key: value for key, value in said.items() if value is not None}
+    if said["add_bias_linear"] or not said["post_layer_norm"]:
         raise ValueError(f"{source}: transformers has no ChatGLM with biases everywhere or without a final norm")
     heads, kv_heads, head_dim = (
         said[key] for key in ("num_attention_heads", "multi_query_group_num", "kv_channels")
     )
-    rope = {"rope_type": "default", "rope_theta": 10000.0 * said.get("rope_ratio", 1), "partial_rotary_factor": 0.5}
     fields = {
         "vocab_size": said["padded_vocab_size"], "hidden_size": said["hidden_size"], "head_dim": head_dim,
         "num_hidden_layers": said["num_layers"], "intermediate_size": said["ffn_hidden_size"],
         "num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": said["seq_length"],
-        "rms_norm_eps": said["layernorm_epsilon"], "attention_bias": said["add_qkv_bias"], "rope_parameters": rope,
-        "tie_word_embeddings": said.get("tie_word_embeddings", False), "pad_token_id": None,
+        "rms_norm_eps": said["layernorm_epsilon"], "attention_bias": said["add_qkv_bias"],
+        "rope_parameters": _chatglm_rope(source, said["rope_ratio"]),
+        "tie_word_embeddings": said["tie_word_embeddings"], "pad_token_id": None,
         "attn_implementation": attn_implementation,
     }  # fmt: skip
     config = transformers.GlmConfig(**fields)
@@ -196,6 +197,40 @@ def _load_chatglm(source: Path, dtype, attn_implementation: str):
         weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()})
     return model
+
+
+# configuration_chatglm.py's own
+_CHATGLM_DEFAULTS = {
+    "kv_channels": 128, "multi_query_group_num": 1, "seq_length": 2048, "layernorm_epsilon": 1e-5, "rope_ratio": 1,
+    "add_qkv_bias": False, "add_bias_linear": False, "post_layer_norm": True, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def _chatglm_rope(source: Path, ratio: float) -> dict[str, Any]:
+    """ChatGLM2-32k's code divides positions by rope_ratio, ChatGLM3's multiplies the base of the frequencies.
+
+    Raises:
+      ValueError: nothing in the directory says which of the two it is.
+    """
+    plain = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    if ratio == 1:
+        return plain
+    settings, code = source / "tokenizer_config.json", source / "tokenization_chatglm.py"
+    text = settings.read_text() if settings.exists() else "{}"
+    files = [json.loads(text), json.loads((source / "config.json").read_text())]
+    names = [file.get(key) or "" for file in files for key in ("name_or_path", "_name_or_path")]
+    lasts = [name.rstrip("/").split("/")[-1].lower() for name in names]
+    telling = [name for name in lasts if ("chatglm2" in name or "codegeex2" in name) != ("chatglm3" in name)]
+    if "<|observation|>" in text:
+        third = True
+    elif telling:
+        third = "chatglm3" in telling[0]
+    elif code.exists():
+        third = "<|observation|>" in code.read_text()
+    else:
+        raise ValueError(f"{source}: nothing says whether rope_ratio {ratio} is ChatGLM2's or ChatGLM3's")
+    changed = {"rope_theta": 10000.0 * ratio} if third else {"rope_type": "linear", "factor": float(ratio)}
+    return plain | changed
 
 
 _GLM_NAMES = {

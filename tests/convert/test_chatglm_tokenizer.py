@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import made
@@ -245,6 +246,8 @@ def test_what_tells_chatglm_2_from_3(tmp_path):
     assert size({}) == 5
     assert size({}, name_or_path="THUDM/ChatGLM3-6b-32k") == 9
     assert size({"_name_or_path": "THUDM/chatglm3-6b"}, name_or_path="/models/mine") == 9
+    assert size({}, name_or_path="/home/chatglm2/chatglm3-6b-32k/") == 9
+    assert size({}, name_or_path="/home/chatglm3/chatglm2-6b") == 5
     assert size({}, name_or_path="/models/mine", chat_template="<|user|> … <|observation|>") == 9
     assert size({}, CODE, name_or_path="/models/mine") == 5
     assert size({}, CODE + "# <|observation|>", name_or_path="/models/mine") == 9
@@ -285,6 +288,15 @@ def edited(**changes) -> bytes:
     return model.SerializeToString()
 
 
+def renamed(index: int, name: str) -> bytes:
+    """The trained model with another text for a piece."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(train())
+    model.pieces[index].piece = name
+    return model.SerializeToString()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -311,6 +323,18 @@ def test_what_is_wrong_is_said_before_anything_is_written(change, message, tmp_p
     code, _, err = run("convert", source, tmp_path / "ours")
     assert code == 1 and not (tmp_path / "ours").exists() and "Traceback" not in err
     with pytest.raises(ConversionError, match=message):
+        convert(source, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("name", ["sop", "[gMASK]", "eop"])
+def test_a_special_token_that_is_a_piece_too_is_refused(name, tmp_path):
+    """One name has one id in a tokenizer.json: the tokens after it would all move down."""
+    source = write_model(tmp_path / "hf", 2)
+    with_model(renamed(300, name))(source)
+    with pytest.raises(ConversionError, match=rf"holds {re.escape(repr(name))} as pieces of text, .* special tokens"):
+        convert(source, tmp_path / "ours")
+    with_model(renamed(2, name))(source)  # what ends a text may not be called so either
+    with pytest.raises(ConversionError, match="names of special tokens"):
         convert(source, tmp_path / "ours")
 
 

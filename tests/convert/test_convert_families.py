@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 from made import tiny_hf
 from published import CHATGLM2_6B, OPT_6_7B
+from sentencepiece_models import train
 
-from convert import ConversionError, convert, export
+from convert import ConversionError, convert, export, read_config
 from convert.hf_config import to_hf_config
+from convert.hf_reference import _chatglm_rope
 from jaxdecode import checkpoint
+from jaxdecode.config import RopeConfig
 from jaxdecode.models.known import KNOWN
 
 
@@ -170,7 +173,7 @@ def test_what_no_chatglm_may_say_is_said_at_once(tmp_path):
     said = {
         "quantization_bit": 4, "rmsnorm": False, "apply_residual_connection_post_layernorm": True,
         "multi_query_attention": False, "original_rope": False, "pre_seq_len": 128, "rope_ratio": 16,
-        "_name_or_path": "THUDM/chatglm2-6b-32k",
+        "_name_or_path": "/home/chatglm2/mine",
     }  # fmt: skip
     made.write_directory(tmp_path / "hf", tiny_hf.CASES["chatglm"] | said, tiny_hf.hf_weights(tiny_hf.CASES["chatglm"]))
     with pytest.raises(ConversionError) as caught:
@@ -179,9 +182,47 @@ def test_what_no_chatglm_may_say_is_said_at_once(tmp_path):
         "quantization_bit must be 0 to be supported; it is 4", "rmsnorm must be true to be supported; it is False",
         "apply_residual_connection_post_layernorm must be false", "multi_query_attention must be true",
         "original_rope must be true", "pre_seq_len must be null to be supported; it is 128",
-        "rope_ratio 16 of 'THUDM/chatglm2-6b-32k' divides positions",
+        "rope_ratio 16 divides positions in ChatGLM2 and multiplies the base of the frequencies in ChatGLM3",
+        "_name_or_path is '/home/chatglm2/mine': write a name there whose last part holds chatglm2 or chatglm3",
     ):  # fmt: skip
         assert problem in str(caught.value)
+
+
+LINEAR, HIGHER = RopeConfig(kind="linear", factor=16.0, rotary_dim=8), RopeConfig(theta=160_000.0, rotary_dim=8)
+SECOND, THIRD = {"rope_type": "linear", "factor": 16.0}, {"rope_theta": 160_000.0}
+RATIOS = {
+    "the name": ({"_name_or_path": "THUDM/chatglm2-6b-32k"}, {}, LINEAR, SECOND),
+    "a folder's name is none": ({"_name_or_path": "/home/chatglm2/chatglm3-6b-32k/"}, {}, HIGHER, THIRD),
+    "nor this one": ({"_name_or_path": "/home/chatglm3/ChatGLM2-6B-32k"}, {}, LINEAR, SECOND),
+    "the tokenizer's": (
+        {"_name_or_path": "/data/mine"},
+        {"tokenizer_config.json": '{"name_or_path": "THUDM/chatglm2-6b-32k"}', "tokenizer.model": None}, LINEAR, SECOND,
+    ),
+    "the code": ({}, {"tokenization_chatglm.py": "SPECIAL = '<|observation|>'"}, HIGHER, THIRD),
+    "the older code": ({}, {"tokenization_chatglm.py": "SPECIAL = 'sop'"}, LINEAR, SECOND),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RATIOS)
+def test_what_the_ratio_of_a_chatglm_means(name, tmp_path):
+    says, files, rope, reference = RATIOS[name]
+    case = tiny_hf.CASES["chatglm"] | {"padded_vocab_size": 920, "rope_ratio": 16} | says
+    source = made.write_directory(tmp_path / "hf", case)
+    for file, text in files.items():
+        (source / file).write_bytes(train() if text is None else text.encode())
+    assert convert(source, tmp_path / "ours").config.rope == rope
+    plain = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    assert _chatglm_rope(source, 16) == plain | reference
+    export(tmp_path / "ours", tmp_path / "back")
+    assert read_config(tmp_path / "back" / "config.json")[0].rope == rope
+    assert _chatglm_rope(tmp_path / "back", 16) == plain | reference
+
+
+def test_a_ratio_of_no_known_chatglm(tmp_path):
+    source = made.write_directory(tmp_path / "hf", tiny_hf.CASES["chatglm"])
+    assert _chatglm_rope(source, 1)["rope_type"] == "default"
+    with pytest.raises(ValueError, match="nothing says whether rope_ratio 16 is ChatGLM2's or ChatGLM3's"):
+        _chatglm_rope(source, 16)
 
 
 def test_missing_fields_go_by_the_familys_names(tmp_path):

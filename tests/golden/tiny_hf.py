@@ -207,7 +207,7 @@ CASES: dict[str, dict] = {
     "opt_350m": _opt(do_layer_norm_before=False, word_embed_proj_dim=12),
     "opt_bare": _opt(enable_bias=False, _remove_final_layer_norm=True, tie_word_embeddings=False),
     "chatglm": _chatglm(),
-    "chatglm_ratio": _chatglm(rope_ratio=0.01, kv_channels=24, multi_query_group_num=1),
+    "chatglm_ratio": _chatglm(rope_ratio=0.01, kv_channels=24, multi_query_group_num=1, _name_or_path="chatglm3"),
     "glm": _small("glm", head_dim=16, attention_bias=True, partial_rotary_factor=0.5),
     "glm_bare": _small(
         "glm",
