@@ -19,6 +19,7 @@ import jax
 from convert.errors import ConversionError
 from convert.hf_config import parse_config
 from convert.hf_reference import find_python
+from convert.source_weights import compare_weights
 from convert.sources import Source, open_source
 from convert.verify import LONGEST, Report, verify_against_source
 from jaxdecode.checkpoint import load_config, load_manifest, verify_hashes
@@ -51,13 +52,14 @@ class Certificate:
         return not self.problems
 
     def __str__(self) -> str:
-        hashes = self.fields["hashes"]
+        hashes, weights = self.fields["hashes"], self.fields["weights"]
         lines = [f"{hashes['tensors']} tensors re-read, {hashes['bytes']:,} bytes"]
+        if weights:
+            lines.append(f"{weights['equal']} of {weights['compared']} tensors equal the source's bit by bit")
         if self.report:
-            lines.append(str(self.report))
-        else:
-            lines += [*self.problems, "verify: FAIL (nothing was compared)"]
-        return "\n".join([*lines, f"Wrote {self.path}"])
+            lines.append(self.report.table())
+        verdict = "PASS" if self.passed else "FAIL" if self.report else "FAIL (nothing was computed)"
+        return "\n".join([*lines, *self.problems, f"verify: {verdict}", f"Wrote {self.path}"])
 
 
 def certify(
@@ -68,7 +70,7 @@ def certify(
     python: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Certificate:
-    """Re-reads every tensor, compares with the source, and writes `verification.json` into the checkpoint.
+    """Compares every tensor and a model's answers with the source, and writes `verification.json` into the checkpoint.
 
     A certificate of a failure says so; it takes the place of an older one.
 
@@ -76,7 +78,7 @@ def certify(
       source: what it was converted from: a Hugging Face directory, a GGUF file or a hub name.
       longest: most positions of a sequence, prompt and greedy tokens together; the model's own limit may be lower.
       python: an interpreter with torch; None for `hf_reference.find_python`.
-      progress: called with (bytes hashed, bytes in all).
+      progress: called with (bytes read, bytes in all), each tensor once to hash and once to compare it.
 
     Raises:
       ReferenceUnavailable: no Python with torch was found, or the reference process failed; nothing is written.
@@ -85,13 +87,14 @@ def certify(
     checkpoint, python = Path(checkpoint), python or find_python()  # before anything slow
     config, manifest = load_config(checkpoint), load_manifest(checkpoint)
     total = sum(row["bytes"] for row in manifest["tensors"].values())
-    problems, report, opened = _changed(checkpoint, progress and (lambda done: progress(done, total))), None, None
+    problems, report, opened, weights = _changed(checkpoint, _share(progress, 0, total)), None, None, None
     if not problems:
         opened = open_source(source)
         problems = _other_model(config, opened, from_gguf=manifest["source"].get("kind") == "GGUF")
-    if not problems:
+    if opened and not problems:
+        weights, differences = compare_weights(checkpoint, opened, _share(progress, total, total))
         report = verify_against_source(checkpoint, source, longest=longest, python=python)
-        problems = report.problems
+        problems = differences + report.problems
     fields = {
         "format_version": FORMAT_VERSION,
         "passed": not problems,
@@ -100,6 +103,7 @@ def certify(
         "hashes": {"tensors": len(manifest["tensors"]), "bytes": total, "sha256": weights_sha256(manifest)},
         "source": _describe_source(source, opened, manifest),
         "positions": {"model": config.max_position, "cap": longest},
+        "weights": weights,
         "comparison": report.to_dict() if report else None,
         "versions": _versions(),
     }
@@ -111,6 +115,13 @@ def weights_sha256(manifest: dict[str, Any]) -> str:
     """One hash of the hashes of all tensors: says which weights a certificate is about."""
     rows = {name: row["sha256"] for name, row in manifest["tensors"].items()}
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def _share(
+    progress: Callable[[int, int], None] | None, before: int, total: int
+) -> Callable[[int], None] | None:
+    """The progress of one of the two times that all bytes are read."""
+    return progress and (lambda done: progress(before + done, 2 * total))
 
 
 def _changed(checkpoint: Path, progress: Callable[[int], None] | None) -> list[str]:

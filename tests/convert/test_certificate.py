@@ -17,6 +17,8 @@ from convert import ConversionError
 from convert import convert as convert_model
 from convert.certificate import FILE, certify, weights_sha256
 from convert.hf_reference import PYTHON_VARIABLE, ReferenceUnavailable
+from convert.source_weights import compare_weights
+from convert.sources import open_source
 from jaxdecode.checkpoint import load_manifest, verify_hashes
 from jaxdecode.text import load
 
@@ -116,6 +118,57 @@ def test_a_wrong_weight_whose_hash_is_right_is_found(run, source, tmp_path):
     assert found["passed"] is False and any("logits differ by" in problem for problem in found["problems"])
     assert found["source"]["same_files_as_converted"] is False
     assert max(row["logit_difference"] for row in found["comparison"]["prompts"]) > 1e-2
+
+
+def spoil(folder: Path, case: dict, name: str, where) -> Path:
+    """The model of a case in which one number is another."""
+    weights = tiny_hf.hf_weights(case)
+    weights[name][where] += 0.5
+    return made.write_directory(folder, case, weights)
+
+
+def test_a_row_that_no_prompt_uses_is_compared_too(run, source, tmp_path, asked):
+    case = CASE | {"vocab_size": 4000, "tie_word_embeddings": False}
+    source = made.write_directory(tmp_path / "large", case)
+    convert_model(source, tmp_path / "original")  # whose answers the reference gives
+    assert certify(tmp_path / "original", source).passed
+    used = {token for job in asked for prompt in job["prompts"] for token in prompt}
+    row = min(set(range(1000, 4000)) - used)
+    convert_model(spoil(tmp_path / "other", case, "model.embed_tokens.weight", (row, 1)), tmp_path / "ours")
+    code, out, _ = run("verify", tmp_path / "ours", "--against", source)
+    tensors = len(load_manifest(tmp_path / "ours")["tensors"])
+    assert code == 1 and out.count("verify: ") == 1 and "verify: FAIL" in out and "logits differ" not in out
+    assert f"{tensors - 1} of {tensors} tensors equal the source's bit by bit" in out
+    assert f"1 tensors differ from {source}: embed.weight (first in row {row})" in out
+    found = written(tmp_path / "ours")
+    assert found["passed"] is False and found["weights"] == {
+        "compared": tensors, "equal": tensors - 1, "first_different": [f"embed.weight (first in row {row})"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("case", ["qwen2", "chatglm", "gpt_neox", "opt", "opt_350m", "phi3", "gemma3"])
+def test_numbers_are_compared_in_the_type_and_order_they_were_written(case, dtype, tmp_path, monkeypatch):
+    config = tiny_hf.CASES[case]
+    source, ours = made.write_directory(tmp_path / "hf", config), tmp_path / "ours"
+    extended = {"extend_positions": 200} if case.startswith("opt") else {}
+    convert_model(source, ours, dtype=dtype, **extended)
+    monkeypatch.setattr("convert.weights.CHUNK_BYTES", 500)  # so that a tensor comes in several
+    read: list[int] = []
+    record, problems = compare_weights(ours, open_source(source), read.append)
+    assert not problems and record["equal"] == record["compared"] == len(load_manifest(ours)["tensors"])
+    assert read == sorted(read) and read[-1] == load_manifest(ours)["total_bytes"]
+    name = next(name for name in tiny_hf.hf_weights(config) if "layers.1." in name and "norm" not in name)
+    other = open_source(spoil(tmp_path / "other", config, name, -1))
+    record, problems = compare_weights(ours, other)
+    assert record["equal"] == record["compared"] - 1 and "1 tensors differ from" in problems[0]
+
+
+def test_a_source_without_some_tensor_is_no_verdict(checkpoint, tmp_path):
+    weights = tiny_hf.hf_weights(CASE)
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    with pytest.raises(ConversionError, match=r"(?s)cannot read .*missing tensor model.layers.1.mlp.down_proj"):
+        certify(checkpoint, made.write_directory(tmp_path / "less", CASE, weights))
 
 
 def test_the_source_of_another_model_is_found(run, checkpoint, tmp_path, asked):
