@@ -24,10 +24,10 @@ def _ropes(fields: Fields) -> tuple[RopeConfig, RopeConfig]:
     """Of the layers without a window, which `rope_scaling` stretches, and of those with one."""
     nested = fields.config.get("rope_parameters") or {}
     kinds = ("full_attention", "sliding_attention")
-    if not isinstance(nested, dict) or any(not isinstance(value, dict) for value in nested.values()):
-        fields.problems.append(f"config.json: rope_parameters must hold an object for each of {' and '.join(kinds)}")
+    if not isinstance(nested, dict) or any(not isinstance(value, dict | None) for value in nested.values()):
+        fields.problems.append(f"config.json: rope_parameters must hold an object or null for each of {' and '.join(kinds)}")
         nested = {}
-    scaling, (whole, local) = fields.config.get("rope_scaling") or {}, (nested.get(kind, {}) for kind in kinds)
+    scaling, (whole, local) = fields.config.get("rope_scaling") or {}, (nested.get(kind) or {} for kind in kinds)
     if not isinstance(scaling, dict):
         fields.problems.append(f"config.json: rope_scaling must be an object or null; it is {scaling!r:.80}")
         scaling = {}

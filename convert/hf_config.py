@@ -47,7 +47,7 @@ def parse_config(config: Mapping[str, Any], generation_config: Mapping[str, Any]
     family, problems = find_family(config), list[str]()
     fields = Fields(config, family.defaults, problems, family.names)
     heads, embed_dim = fields.integer("num_attention_heads"), fields.integer("hidden_size")
-    max_position, kv_heads = fields.integer("max_position_embeddings"), "num_key_value_heads"
+    max_position = fields.integer("max_position_embeddings")
     values = {
         "model_type": family.model_type,
         "vocab_size": fields.integer("vocab_size"),
@@ -55,7 +55,7 @@ def parse_config(config: Mapping[str, Any], generation_config: Mapping[str, Any]
         "mlp_dim": fields.integer("intermediate_size"),
         "num_layers": fields.integer("num_hidden_layers"),
         "num_heads": heads,
-        "num_kv_heads": heads if fields.get(kv_heads) is None else fields.integer(kv_heads),
+        "num_kv_heads": _kv_heads(fields, heads),
         "head_dim": _head_dim(fields, embed_dim, heads),
         "max_position": max_position,
         "norm_eps": fields.number("rms_norm_eps"),
@@ -120,6 +120,13 @@ def _rope_fields(config: ModelConfig, family: Family) -> dict[str, Any]:
     if family.partial_rotary is not None:
         fields["partial_rotary_factor"] = partial_to_hf(config)
     return {family.names.get(name) or name: value for name, value in fields.items()}
+
+
+def _kv_heads(fields: Fields, heads: int) -> int:
+    """As many as heads where config.json says null, as in transformers; only absence takes the family's default."""
+    key = fields.key("num_key_value_heads")
+    said = fields.config.get(key, fields.defaults.get("num_key_value_heads")) if key else None
+    return heads if said is None else fields.integer("num_key_value_heads")
 
 
 def _head_dim(fields: Fields, embed_dim: int, heads: int) -> int:

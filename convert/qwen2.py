@@ -41,11 +41,18 @@ def typed_windows(fields: Fields, types: Any, window: int | None) -> tuple[int |
         )
         return ()
     if "sliding_attention" in types and window is None:
-        fields.problems.append(
-            "config.json: layer_types names sliding_attention, but use_sliding_window or sliding_window switches it off"
-        )
+        fields.problems.append(_no_window(fields))
     windows = tuple(window if kind == "sliding_attention" else None for kind in types)
     return windows if any(windows) else ()
+
+
+def _no_window(fields: Fields) -> str:
+    """Why layers that have a window have none; some families give windows to layers of which nothing is said."""
+    told = "layer_types names sliding_attention" if fields.config.get("layer_types") else (
+        f"layer_types is absent, by which some layers of a {fields.config.get('model_type')} have a window"
+    )  # fmt: skip
+    off = "sliding_window is null" if fields.config.get("sliding_window", 0) is None else "use_sliding_window is false"
+    return f"config.json: {told}, but {off}; give its length, or name full_attention for every layer in layer_types"
 
 
 def windows_to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -92,6 +92,8 @@ def _answer(
     notes: Console,
 ) -> None:
     """Answers the last message and appends the answer; a message that cannot be answered is taken back."""
+    from rich.text import Text
+
     try:
         forgotten = trim_history(model, history, kept, settings["max_new_tokens"])
         if forgotten:
@@ -106,7 +108,7 @@ def _answer(
         console.print()
     except ValueError as error:
         history.pop()
-        notes.print(f"[bold red]error:[/bold red] {error}")
+        notes.print(Text.assemble(("error:", "bold red"), f" {error}"))
         return
     history.append({"role": "assistant", "content": text})
     if pieces.completion:

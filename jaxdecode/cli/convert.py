@@ -61,7 +61,7 @@ def convert(
         console.print("An unfinished conversion of something else was in the way; it was thrown away.")
     if done.continued_items:
         console.print(f"Continued an interrupted run: {done.continued_items} weight files were there already.")
-    console.print(f"Wrote {dst}", soft_wrap=True)
+    console.print(f"Wrote {dst}", markup=False, soft_wrap=True)
     if verify:
         write_certificate(console, dst, src, f"{dst} was converted, but not compared: ")
 

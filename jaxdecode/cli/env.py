@@ -22,12 +22,13 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON obj
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
+        table.add_row(name, Text(", ".join(value) if isinstance(value, list) else str(value)))
     Console(highlight=False, soft_wrap=True).print(table)
 
 

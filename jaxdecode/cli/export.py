@@ -23,4 +23,4 @@ def export(
     console = Console(highlight=False)
     with transfer(console, "exporting") as advance:
         run(checkpoint, outdir, dtype=dtype, progress=advance)
-    console.print(f"Wrote {outdir}", soft_wrap=True)
+    console.print(f"Wrote {outdir}", markup=False, soft_wrap=True)

@@ -78,15 +78,17 @@ def messages() -> Console:
 
 def open_model(path: Path, implementation: str | None = None) -> LanguageModel:
     """Loads a model, saying what is waited for, and once if it will run on the CPU."""
+    from rich.text import Text
+
     from jaxdecode.devices import describe_backend
     from jaxdecode.text import load
 
     console = messages()
-    with console.status(f"Loading {path} …"):
+    with console.status(Text(f"Loading {path} …")):
         model = load(path, implementation=implementation)
         backend = describe_backend()
     if backend.platform == "cpu":
-        console.print(f"[dim]{backend.reason}[/dim]")
+        console.print(Text(backend.reason, style="dim"))
     return model
 
 

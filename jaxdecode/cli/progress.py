@@ -22,7 +22,7 @@ def transfer(console: Console, verb: str) -> Iterator[Callable[[int, int, str], 
     from rich import progress
 
     columns = (
-        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
         progress.DownloadColumn(),
         progress.TransferSpeedColumn(),
@@ -58,6 +58,6 @@ def _lines(console: Console, verb: str) -> Callable[[int, int, str], None]:
         last, rate = now, done / max(now - start, 1e-6)
         left = (total - done) / max(rate, 1.0)
         amount = f"{done / 1e6:.0f} of {total / 1e6:.0f} MB, {rate / 1e6:.0f} MB/s, {left:.0f} s left"
-        console.print(f"{verb} {item}: {amount}", soft_wrap=True)
+        console.print(f"{verb} {item}: {amount}", markup=False, soft_wrap=True)
 
     return advance

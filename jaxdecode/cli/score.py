@@ -55,11 +55,11 @@ def _as_dict(text: str, result: Score) -> dict:
 def _print(model: LanguageModel, result: Score) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("token", "id", "log-prob", box=None, pad_edge=False)
     for token, logprob in zip(result.tokens, [None, *result.logprobs], strict=True):
-        shown = repr(model.tokenizer.decode([token]))[1:-1].replace("[", r"\[")
-        table.add_row(shown, str(token), "" if logprob is None else f"{logprob:.4f}")
+        table.add_row(Text(repr(model.tokenizer.decode([token]))[1:-1]), str(token), "" if logprob is None else f"{logprob:.4f}")
     console = Console(highlight=False)
     console.print(table)
     per_token = result.total / len(result.logprobs)

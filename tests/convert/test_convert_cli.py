@@ -114,3 +114,12 @@ def test_progress_on_a_terminal():
         advance(10_000_000, 10_000_000, "norm")
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "converting" in shown and "10.0/10.0 MB" in shown
+
+
+def test_a_name_with_brackets_is_printed_as_it_is(run, source, tmp_path):
+    for name in ("my[model]", "a[/b]", "[bold]x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        code, out, err = run("convert", source, tmp_path / name)
+        assert code == 0 and f"Wrote {tmp_path / name}\n" in out and not err
+        code, out, err = run("export", tmp_path / name, tmp_path / f"{name}-back")
+        assert code == 0 and f"Wrote {tmp_path / name}-back\n" in out and not err

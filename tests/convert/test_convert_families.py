@@ -16,8 +16,8 @@ from published import CHATGLM2_6B, OPT_6_7B
 from sentencepiece_models import train
 
 from convert import ConversionError, convert, export, read_config
-from convert.hf_config import to_hf_config
-from convert.hf_reference import _chatglm_rope
+from convert.hf_config import FAMILIES, to_hf_config
+from convert.hf_reference import _CHATGLM_DEFAULTS, _chatglm_rope
 from jaxdecode import checkpoint
 from jaxdecode.config import RopeConfig
 from jaxdecode.models.known import KNOWN
@@ -155,7 +155,7 @@ def test_what_no_gemma_may_say_is_said_at_once(tmp_path):
         convert(tmp_path / "hf", tmp_path / "ours")
     for problem in (
         "use_bidirectional_attention is not supported", "attn_logit_softcapping must be a positive number; it is -1",
-        "layer_types names sliding_attention, but",
+        "layer_types is absent, by which some layers of a gemma2 have a window, but sliding_window is null",
     ):  # fmt: skip
         assert problem in str(caught.value)
     said |= {"rope_scaling": {"rope_type": "yarn"}, "rope_parameters": {"rope_theta": 3.0}}
@@ -164,7 +164,7 @@ def test_what_no_gemma_may_say_is_said_at_once(tmp_path):
         convert(tmp_path / "3", tmp_path / "ours")
     for problem in (
         "use_bidirectional_attention is not supported", "rope_type 'yarn' is not supported; supported are default, lin",
-        "rope_parameters must hold an object for each of full_attention and sliding_attention",
+        "rope_parameters must hold an object or null for each of full_attention and sliding_attention",
     ):  # fmt: skip
         assert problem in str(caught.value)
 
@@ -278,3 +278,11 @@ def test_positions_are_added_only_where_there_is_a_table_that_is_too_short(tmp_p
     with pytest.raises(ConversionError, match="those of a llama are rotary and have no end"):
         convert(llama, tmp_path / "ours", extend_positions=1000)
     assert not (tmp_path / "ours").exists()
+
+
+def test_the_reference_takes_the_same_defaults_of_a_chatglm():
+    """Those of fields which the publishers leave out."""
+    names, defaults = FAMILIES["chatglm"].names, FAMILIES["chatglm"].defaults
+    ours = {names.get(name) or name: value for name, value in defaults.items()}
+    assert {name: _CHATGLM_DEFAULTS.get(name, value) for name, value in ours.items()} == ours
+    assert {"seq_length", "layernorm_epsilon", "kv_channels", "multi_query_group_num"} <= set(_CHATGLM_DEFAULTS)

@@ -120,7 +120,10 @@ def test_windows(name):
     ("case", "changes", "expected"),
     [
         ("llama", {"num_key_value_heads": None}, {"num_kv_heads": 4}),
-        ("mistral", {"num_key_value_heads": None, "num_attention_heads": 16}, {"num_kv_heads": 8}),
+        *[(case, {"num_key_value_heads": None, "num_attention_heads": 16, "head_dim": 8}, {"num_kv_heads": 16})
+          for case in ("llama", "mistral", "qwen2", "qwen3", "phi3")],
+        *[(case, {"num_key_value_heads": ..., "num_attention_heads": 64, "head_dim": 8}, {"num_kv_heads": count})
+          for case, count in {"llama": 64, "mistral": 8, "qwen2": 32, "qwen3": 32, "phi3": 64, "glm": 2}.items()],
         ("llama", {"head_dim": None}, {"head_dim": 8}),
         ("qwen3", {"head_dim": None}, {"head_dim": 128}),
         ("llama", {"rms_norm_eps": None}, {"norm_eps": 1e-6}),
@@ -172,6 +175,10 @@ def test_windows(name):
          {"layer_windows": (5, 5, 5), "rope": RopeConfig(kind="linear", theta=1e6, factor=3.0),
           "local_rope": RopeConfig(theta=1e4)}),
         ("gemma3", {"layer_types": ["full_attention"] * 3}, {"layer_windows": (), "local_rope": None}),
+        ("gemma3", {"rope_parameters": {"sliding_attention": None, "full_attention": {"rope_theta": 7.0}}},
+         {"rope": RopeConfig(kind="linear", theta=7.0, factor=3.0), "local_rope": RopeConfig(theta=10.0)}),
+        ("gemma3", {"rope_parameters": {"sliding_attention": {"rope_theta": 7.0}, "full_attention": None}},
+         {"rope": RopeConfig(kind="linear", theta=1000.0, factor=3.0), "local_rope": RopeConfig(theta=7.0)}),
         ("gemma3_parameters", {}, {"layer_windows": (None, 5, 5), "logit_soft_cap": 5.0,
                                    "rope": RopeConfig(theta=100.0), "local_rope": RopeConfig(theta=1000.0)}),
         ("gpt_neox", {}, {"norm": "layer", "parallel": True, "rope": RopeConfig(rotary_dim=6), "norm_eps": 1e-5,
