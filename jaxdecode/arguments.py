@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from jaxdecode.config import ModelConfig
+from jaxdecode.config import ModelConfig, positions_needed
 
 ArrayLike = Array | np.ndarray
 
@@ -32,8 +32,21 @@ def check_sizes(
     needed = tokens.shape[1] + max_new_tokens
     if max_len is not None and max_len < needed:
         raise ValueError(f"max_len must be at least prompt_len + max_new_tokens = {needed}; got {max_len}")
-    config.require_positions(needed - 1)  # the last token is never fed
+    _check_positions(config, tokens.shape[1], lengths, max_new_tokens)
     check_growth(config, lengths, max_new_tokens)
+
+
+def _check_positions(config: ModelConfig, prompt_len: int, lengths: ArrayLike, max_new_tokens: int) -> None:
+    lack = config.lacks_positions(positions_needed(prompt_len, max_new_tokens))
+    if lack is None:
+        return
+    if isinstance(lengths, Tracer):
+        prompts, cut = f"prompts of {prompt_len} tokens, padding counted,", "cut the padding, "
+    elif (longest := int(np.max(np.asarray(lengths)))) < prompt_len:
+        prompts, cut = f"prompts padded to {prompt_len} tokens, the longest of which has {longest},", "cut the padding, "
+    else:
+        prompts, cut = f"prompts of {prompt_len} tokens", ""
+    raise ValueError(f"{lack}, for {prompts} and {max_new_tokens} new ones: {cut}{config.ways_to_fit}")
 
 
 def check_growth(config: ModelConfig, lengths: ArrayLike, max_new_tokens: int) -> None:
@@ -45,7 +58,7 @@ def check_growth(config: ModelConfig, lengths: ArrayLike, max_new_tokens: int) -
     if config.rope is None or config.rope.kind != "longrope" or isinstance(lengths, Tracer):
         return
     for length in np.unique(np.asarray(lengths)).tolist():
-        config.require_growth(length, length + max_new_tokens - 1)
+        config.require_growth(length, positions_needed(length, max_new_tokens))
 
 
 def to_arrays(

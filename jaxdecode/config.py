@@ -14,6 +14,11 @@ NormKind = Literal["rms", "layer"]
 _FLOAT32_MAX = 3.4e38
 
 
+def positions_needed(prompt_tokens: int, new_tokens: int) -> int:
+    """Tokens that are fed to continue a prompt: all but the last, which nothing follows."""
+    return prompt_tokens + max(new_tokens - 1, 0)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     """Rotary position embedding (half-split pairs) and how it is stretched beyond the trained context.
@@ -211,8 +216,21 @@ class ModelConfig:
         Raises:
           ValueError: the sequence is too long.
         """
-        if self.rope is None and count > self.max_position:
-            raise ValueError(f"the model has {self.max_position} learned positions; {count} were asked for")
+        lack = self.lacks_positions(count)
+        if lack:
+            raise ValueError(f"{lack}: {self.ways_to_fit}")
+
+    def lacks_positions(self, count: int) -> str | None:
+        """What to say of a sequence of more tokens than there are learned positions; None if there are enough."""
+        if self.rope is not None or count <= self.max_position:
+            return None
+        return f"the model has {self.max_position} learned positions; {count} were asked for"
+
+    @property
+    def ways_to_fit(self) -> str:
+        """What to do about more tokens than positions."""
+        more = ", or convert with --extend-positions to measure speed only" if self.rope is None else ""
+        return f"take a shorter prompt or fewer new tokens{more}"
 
     def require_growth(self, first: int, last: int) -> None:
         """Refuses a sequence that grows from `first` to `last` tokens past the length where a longrope changes.

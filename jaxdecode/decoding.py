@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdecode import generation
-from jaxdecode.config import ModelConfig
+from jaxdecode.config import ModelConfig, positions_needed
 from jaxdecode.generation import DecodeState
 from jaxdecode.sampling import Sampler
 
@@ -64,7 +64,9 @@ class Buckets:
         longest, new_tokens = max(map(len, prompts)), _power_of_two(max(max_new_tokens, _MIN_NEW_TOKENS))
         if longest + new_tokens > max_position:  # there may be no positions for what is never used
             new_tokens = max_new_tokens
-        capacity = min(_power_of_two(max(longest + new_tokens, _MIN_CAPACITY)), max_position)
+        # the last token needs a slot, but no position
+        most = max(max_position, longest + new_tokens)
+        capacity = min(_power_of_two(max(longest + new_tokens, _MIN_CAPACITY)), most)
         return cls(_power_of_two(len(prompts)), capacity - new_tokens, new_tokens)
 
     @classmethod
@@ -106,7 +108,7 @@ class Run:
         implementation: str | None = None,
     ):
         for prompt in prompts:
-            config.require_growth(len(prompt), len(prompt) + max_new_tokens - 1)
+            config.require_growth(len(prompt), positions_needed(len(prompt), max_new_tokens))
         self.timing = Timing()
         self._rows = len(prompts)
         self._buckets = Buckets.of_prompts(prompts, max_new_tokens, config.max_position)

@@ -18,7 +18,7 @@ import numpy as np
 from jaxdecode import generation, tokenizer
 from jaxdecode.checkpoint import load_params
 from jaxdecode.compilation import enable_cache
-from jaxdecode.config import ModelConfig
+from jaxdecode.config import ModelConfig, positions_needed
 from jaxdecode.decoding import Buckets, Run, Timing
 from jaxdecode.sampling import Greedy, Sampler
 from jaxdecode.tokenizer import Message, TextBuilder
@@ -220,10 +220,11 @@ class LanguageModel:
         return rows
 
     def _check_length(self, prompt_tokens: int, max_new_tokens: int) -> None:
-        if prompt_tokens + max_new_tokens > self.config.max_position:
+        needed = positions_needed(prompt_tokens, max_new_tokens)
+        if needed > self.config.max_position:
             raise ValueError(
                 f"prompt and new tokens must fit the model's {self.config.max_position} positions; got "
-                f"{prompt_tokens} + {max_new_tokens} = {prompt_tokens + max_new_tokens}"
+                f"{prompt_tokens} + {max_new_tokens}, which need {needed}: {self.config.ways_to_fit}"
             )
 
     def _tokenizer(self) -> Any:

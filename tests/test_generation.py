@@ -246,6 +246,13 @@ def test_learned_positions_end_and_say_so():
     ):
         with pytest.raises(ValueError, match="the model has 40 learned positions; 41 were asked for"):
             call()
+    padded = jnp.pad(tokens, ((0, 0), (0, 2)))
+    for call, said in {
+        generation.generate: "prompts padded to 40 tokens, the longest of which has 38, and 2 new ones: cut the padding",
+        jit_generate: "prompts of 40 tokens, padding counted, and 2 new ones: cut the padding, take a shorter prompt",
+    }.items():
+        with pytest.raises(ValueError, match=f"41 were asked for, for {said}"):
+            call(params, config, padded, lengths, KEY, max_new_tokens=2)
     short = tiny_config(max_position=40)  # a rope has positions for any length
     jax.eval_shape(lambda: generation.generate(init_params(short, KEY), short, tokens, lengths, KEY, max_new_tokens=9))
 

@@ -229,8 +229,8 @@ def test_the_longest_prompt_the_model_allows_runs(model):
         (lambda m: m.generate([{"role": "user", "content": ""}]), "the prompt is empty"),
         (lambda m: m.generate("hello", max_new_tokens=0), "must be at least 1; got 0 and 1"),
         (lambda m: m.generate("hello", num_samples=0), "must be at least 1; got 128 and 0"),
-        (lambda m: m.generate("a", max_new_tokens=255), r"the model's 256 positions; got 2 \+ 255 = 257"),
-        (lambda m: m.stream("a", max_new_tokens=255), r"the model's 256 positions; got 2 \+ 255 = 257"),
+        (lambda m: m.generate("a", max_new_tokens=256), r"the model's 256 positions; got 2 \+ 256, which need 257: take a "),
+        (lambda m: m.stream("a", max_new_tokens=256), r"the model's 256 positions; got 2 \+ 256, which need 257: take a "),
         (lambda m: m.generate("a", stop=""), "a stop string must not be empty"),
         (lambda m: m.generate("a", stop=["x", ""]), "a stop string must not be empty"),
         (lambda m: m.generate(["a", "b"], seeds=[1]), "seeds must be one per prompt; got 1 for 2 prompts"),
@@ -241,6 +241,29 @@ def test_the_longest_prompt_the_model_allows_runs(model):
 def test_bad_requests_say_what_is_wrong(model, call, message):
     with pytest.raises(ValueError, match=message):
         call(model)
+
+
+@pytest.mark.parametrize("kind", ["rotary", "learned"])
+def test_text_and_tokens_reach_the_same_last_position(model, tokenizer, kind):
+    params, config = (model.params, model.config) if kind == "rotary" else tiny_model(
+        vocab_size=len(tokenizer), num_layers=1, max_position=73, rope=None, position_offset=2
+    )  # fmt: skip
+    own = LanguageModel(params, config, tokenizer)
+    limit, prompt = config.max_position, "z" * (config.max_position - 4)
+    assert len(own.encode(prompt)) == limit - 3
+    completion = own.generate(prompt, max_new_tokens=4)[0]  # the last is never fed
+    assert len(completion.tokens) == 4 or completion.finish_reason == "eos"
+    tokens = np.asarray([own.encode(prompt)])
+    arguments = params, config, tokens, np.asarray([limit - 3]), jax.random.key(0)
+    made = jaxdecode.generate(*arguments, max_new_tokens=4)
+    assert made.tokens[0, : len(completion.tokens)].tolist() == completion.tokens
+    message = f"the model's {limit} positions; got {limit - 3} \\+ 5, which need {limit + 1}: take a shorter prompt"
+    message += " or fewer new tokens" + (", or convert with --extend-positions" if kind == "learned" else "$")
+    with pytest.raises(ValueError, match=message):
+        own.generate(prompt, max_new_tokens=5)
+    if kind == "learned":
+        with pytest.raises(ValueError, match="73 learned positions; 74 were asked for, .*--extend-positions to measure"):
+            jaxdecode.generate(*arguments, max_new_tokens=5)
 
 
 def test_a_model_without_tokenizer_or_template_says_so(model):

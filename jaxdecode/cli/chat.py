@@ -119,10 +119,13 @@ def _answer(
 
 def trim_history(model: LanguageModel, history: list[dict[str, str]], kept: int, max_new_tokens: int) -> int:
     """Drops the oldest turns, but not the first `kept` messages, until an answer fits; returns how many."""
+    from jaxdecode.config import positions_needed
+
     dropped = 0
-    while len(history) - kept > 2 and (
-        len(model.encode(history, chat=True)) + max_new_tokens > model.config.max_position
-    ):
+    def needed() -> int:
+        return positions_needed(len(model.encode(history, chat=True)), max_new_tokens)
+
+    while len(history) - kept > 2 and needed() > model.config.max_position:
         del history[kept : kept + 2]
         dropped += 2
     return dropped

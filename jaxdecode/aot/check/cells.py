@@ -46,11 +46,8 @@ class Question:
 
     def refusal(self) -> str | None:
         """Why generation would refuse it: more tokens than there are learned positions."""
-        try:
-            self.config.require_positions(self.context)
-        except ValueError as error:
-            return f"{error} (--extend-positions makes more)"
-        return None
+        lack = self.config.lacks_positions(self.context)
+        return lack and f"{lack} (--extend-positions makes more)"
 
     def with_positions(self) -> Question:
         """The same for a model with as many learned positions as the context asks for."""
