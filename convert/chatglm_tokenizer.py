@@ -135,7 +135,7 @@ def open_chatglm_tokenizer(path: Path, config: dict[str, Any]) -> ChatGLMTokeniz
     if taken := tokenizer.taken():
         raise ConversionError(
             f"{model_file} holds {', '.join(map(repr, taken))} as pieces of text, which are names of special tokens "
-            "too; a tokenizer of one id for each name cannot say that; remove the tokenizer's files to convert without it"
+            "too, and a name can have but one id here; remove the tokenizer's files to convert without it"
         )
     room = config.get("padded_vocab_size")
     if isinstance(room, int) and tokenizer.size > room:

@@ -85,11 +85,16 @@ def export(
     _check_room(pieces, dtype, outdir)
     with _appearing(outdir) as folder:
         _write_weights(folder, pieces, dtype, shard_bytes, progress)
-        _write_json(folder / "config.json", hf_config)
-        _write_json(folder / "generation_config.json", {"eos_token_id": hf_config["eos_token_id"]})
         for file in sorted((checkpoint / "tokenizer").glob("*")):
             shutil.copyfile(file, folder / file.name)
+        _write_json(folder / "config.json", _beside(folder / "config.json") | hf_config)
+        _write_json(folder / "generation_config.json", {"eos_token_id": hf_config["eos_token_id"]})
     return outdir
+
+
+def _beside(file: Path) -> dict[str, Any]:
+    """What a tokenizer keeps of its source's config.json."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 @contextlib.contextmanager

@@ -25,7 +25,8 @@ def _ropes(fields: Fields) -> tuple[RopeConfig, RopeConfig]:
     nested = fields.config.get("rope_parameters") or {}
     kinds = ("full_attention", "sliding_attention")
     if not isinstance(nested, dict) or any(not isinstance(value, dict | None) for value in nested.values()):
-        fields.problems.append(f"config.json: rope_parameters must hold an object or null for each of {' and '.join(kinds)}")
+        said = f"rope_parameters must hold an object or null for each of {' and '.join(kinds)}"
+        fields.problems.append(f"config.json: {said}")
         nested = {}
     scaling, (whole, local) = fields.config.get("rope_scaling") or {}, (nested.get(kind) or {} for kind in kinds)
     if not isinstance(scaling, dict):

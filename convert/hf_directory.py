@@ -15,6 +15,7 @@ from convert.chatglm_version import with_version
 from convert.errors import ConversionError
 from convert.hf_config import parse_config
 from convert.sources import Source, SourceTensor, fingerprint
+from convert.tokenizer_files import missing_problems, shape_problems, write_model_type
 from jaxdecode import safetensors_file
 from jaxdecode.config import ModelConfig
 from jaxdecode.foreign_files import open_plain, parse_json, read_plain
@@ -86,7 +87,13 @@ def _tokenizer(
             tokenizer = None
         if tokenizer is not None:
             return tokenizer.write, tokenizer.with_stops(generation)
-    return lambda target: copy_tokenizer(path, files, target), generation
+    problems += missing_problems(path, files)
+
+    def write(target: Path) -> None:
+        copy_tokenizer(path, files, target)
+        write_model_type(config, target)
+
+    return write, generation
 
 
 def read_config(file: Path) -> tuple[ModelConfig, str]:
@@ -135,7 +142,9 @@ def _tokenizer_files(path: Path, problems: list[str]) -> list[str]:
     for name in found:
         file = path / name
         if name.endswith(".json"):
-            read_json(file, problems, tokenizer=True)
+            before, said = len(problems), read_json(file, problems, tokenizer=True)
+            if name == "tokenizer.json" and len(problems) == before:
+                problems += shape_problems(file, said)
             continue
         try:
             content = read_plain(file, MAX_TOKENIZER_BYTES)

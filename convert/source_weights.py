@@ -1,4 +1,4 @@
-"""A checkpoint's numbers against its source's: both sides streamed, a chunk at a time, through the converter's own plan."""
+"""A checkpoint's numbers against its source's: streamed chunk by chunk through the converter's own plan."""
 
 from __future__ import annotations
 

@@ -40,12 +40,13 @@ def _check_positions(config: ModelConfig, prompt_len: int, lengths: ArrayLike, m
     lack = config.lacks_positions(positions_needed(prompt_len, max_new_tokens))
     if lack is None:
         return
+    prompts, cut = f"prompts of {prompt_len} tokens", "cut the padding, "
     if isinstance(lengths, Tracer):
-        prompts, cut = f"prompts of {prompt_len} tokens, padding counted,", "cut the padding, "
+        prompts += ", padding counted,"
     elif (longest := int(np.max(np.asarray(lengths)))) < prompt_len:
-        prompts, cut = f"prompts padded to {prompt_len} tokens, the longest of which has {longest},", "cut the padding, "
+        prompts = f"prompts padded to {prompt_len} tokens, the longest of which has {longest},"
     else:
-        prompts, cut = f"prompts of {prompt_len} tokens", ""
+        cut = ""
     raise ValueError(f"{lack}, for {prompts} and {max_new_tokens} new ones: {cut}{config.ways_to_fit}")
 
 

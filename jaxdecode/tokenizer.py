@@ -22,12 +22,12 @@ def load_tokenizer(folder: Path) -> Any | None:
     """The transformers tokenizer saved in a folder, None if nothing is there.
 
     Raises:
-      ValueError: it needs code of its own, which is never run.
+      ValueError: it needs code of its own, which is never run, or is none that transformers can read.
     """
     if not folder.is_dir() or not any(folder.iterdir()):
         return None
     config = folder / "tokenizer_config.json"
-    if config.exists() and (code := json.loads(config.read_text(encoding="utf-8")).get("auto_map")):
+    if code := _settings(config).get("auto_map"):
         raise ValueError(
             f"{config} names code of its own ({code}), which jaxdecode never runs; convert the model again, which "
             "writes a tokenizer that needs none"
@@ -37,7 +37,29 @@ def load_tokenizer(folder: Path) -> Any | None:
     )  # "PyTorch was not found": it is not needed
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise _unreadable(folder, error) from error
+
+
+def _settings(config: Path) -> dict[str, Any]:
+    try:
+        said = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    except (OSError, ValueError) as error:
+        raise _unreadable(config.parent, error) from error
+    if not isinstance(said, dict):
+        raise _unreadable(config.parent, TypeError(f"{config.name} holds no object"))
+    return said
+
+
+def _unreadable(folder: Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:300]
+    return ValueError(
+        f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {reason}); convert the model again "
+        "from a source whose tokenizer transformers loads, or empty that folder to go without (jaxdecode.generate "
+        "takes token ids)"
+    )
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:

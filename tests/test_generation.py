@@ -248,7 +248,7 @@ def test_learned_positions_end_and_say_so():
             call()
     padded = jnp.pad(tokens, ((0, 0), (0, 2)))
     for call, said in {
-        generation.generate: "prompts padded to 40 tokens, the longest of which has 38, and 2 new ones: cut the padding",
+        generation.generate: "prompts padded to 40 tokens, the longest of which has 38, and 2 new ones: cut the pad",
         jit_generate: "prompts of 40 tokens, padding counted, and 2 new ones: cut the padding, take a shorter prompt",
     }.items():
         with pytest.raises(ValueError, match=f"41 were asked for, for {said}"):

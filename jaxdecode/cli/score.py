@@ -59,7 +59,8 @@ def _print(model: LanguageModel, result: Score) -> None:
 
     table = Table("token", "id", "log-prob", box=None, pad_edge=False)
     for token, logprob in zip(result.tokens, [None, *result.logprobs], strict=True):
-        table.add_row(Text(repr(model.tokenizer.decode([token]))[1:-1]), str(token), "" if logprob is None else f"{logprob:.4f}")
+        shown = Text(repr(model.tokenizer.decode([token]))[1:-1])
+        table.add_row(shown, str(token), "" if logprob is None else f"{logprob:.4f}")
     console = Console(highlight=False)
     console.print(table)
     per_token = result.total / len(result.logprobs)

@@ -20,10 +20,10 @@ def verify(
     ],
     longest: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Compare no further than N positions; by default 2048, or the model's limit."),
+        typer.Option(metavar="N", help="Compare answers up to N positions; by default 2048, or the model's limit."),
     ] = None,
 ) -> None:
-    """Re-read every tensor, compare logits and greedy tokens with transformers, and write MODEL/verification.json."""
+    """Compare every tensor with the source, answers with transformers, and write MODEL/verification.json."""
     import jax
     from rich.console import Console
 

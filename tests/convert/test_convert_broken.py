@@ -162,7 +162,7 @@ config_case("partial_rotary", {"partial_rotary_factor": 0.5}, "partial_rotary_fa
 config_case("bad_eos", {"eos_token_id": "</s>"}, "eos_token_id must be a token or a list of tokens")
 config_case("quantised", {"quantization_config": {"quant_method": "gptq"}}, "quantised ('gptq')")
 config_case("short_layer_types", {"layer_types": ["full_attention"] * 5}, "layer_types", "1 layers", base="qwen2")
-config_case("window_switched_off", {"layer_types": ["sliding_attention"]}, "but use_sliding_window is false", base="qwen2")
+config_case("window_switched_off", {"layer_types": ["sliding_attention"]}, "use_sliding_window is false", base="qwen2")
 config_case("two_rules", {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_type": "yarn"}}},
             "differs between layer types")  # fmt: skip
 

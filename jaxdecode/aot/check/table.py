@@ -37,7 +37,7 @@ def show_cells(cells: Sequence[Cell], assumed: Assumptions, console: Console, *,
         for name, justify in _COLUMNS.items():
             table.add_column(name, justify=justify, no_wrap=True)  # pyright: ignore
         for cell in mine:
-            table.add_row(*_row(cell), style=None if cell.fit.fits and not cell.error else "red")
+            table.add_row(*map(Text, _row(cell)), style=None if cell.fit.fits and not cell.error else "red")
         console.print(table, soft_wrap=True)
         say("")
         for line in _all_notes(mine):
