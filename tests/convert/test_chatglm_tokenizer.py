@@ -246,8 +246,8 @@ def test_what_tells_chatglm_2_from_3(tmp_path):
     assert size({}) == 5
     assert size({}, name_or_path="THUDM/ChatGLM3-6b-32k") == 9
     assert size({"_name_or_path": "THUDM/chatglm3-6b"}, name_or_path="/models/mine") == 9
-    assert size({}, name_or_path="/home/chatglm2/chatglm3-6b-32k/") == 9
-    assert size({}, name_or_path="/home/chatglm3/chatglm2-6b") == 5
+    assert size({}, name_or_path="/models/chatglm2/chatglm3-6b-32k/") == 9
+    assert size({}, name_or_path="/models/chatglm3/chatglm2-6b") == 5
     assert size({}, name_or_path="/models/mine", chat_template="<|user|> … <|observation|>") == 9
     assert size({}, CODE, name_or_path="/models/mine") == 5
     assert size({}, CODE + "# <|observation|>", name_or_path="/models/mine") == 9

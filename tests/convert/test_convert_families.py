@@ -173,7 +173,7 @@ def test_what_no_chatglm_may_say_is_said_at_once(tmp_path):
     said = {
         "quantization_bit": 4, "rmsnorm": False, "apply_residual_connection_post_layernorm": True,
         "multi_query_attention": False, "original_rope": False, "pre_seq_len": 128, "rope_ratio": 16,
-        "_name_or_path": "/home/chatglm2/mine",
+        "_name_or_path": "/models/chatglm2/mine",
     }  # fmt: skip
     made.write_directory(tmp_path / "hf", tiny_hf.CASES["chatglm"] | said, tiny_hf.hf_weights(tiny_hf.CASES["chatglm"]))
     with pytest.raises(ConversionError) as caught:
@@ -183,7 +183,7 @@ def test_what_no_chatglm_may_say_is_said_at_once(tmp_path):
         "apply_residual_connection_post_layernorm must be false", "multi_query_attention must be true",
         "original_rope must be true", "pre_seq_len must be null to be supported; it is 128",
         "rope_ratio 16 divides positions in ChatGLM2 and multiplies the base of the frequencies in ChatGLM3",
-        "_name_or_path is '/home/chatglm2/mine': write a name there whose last part holds chatglm2 or chatglm3",
+        "_name_or_path is '/models/chatglm2/mine': write a name there whose last part holds chatglm2 or chatglm3",
     ):  # fmt: skip
         assert problem in str(caught.value)
 
@@ -192,8 +192,8 @@ LINEAR, HIGHER = RopeConfig(kind="linear", factor=16.0, rotary_dim=8), RopeConfi
 SECOND, THIRD = {"rope_type": "linear", "factor": 16.0}, {"rope_theta": 160_000.0}
 RATIOS = {
     "the name": ({"_name_or_path": "THUDM/chatglm2-6b-32k"}, {}, LINEAR, SECOND),
-    "a folder's name is none": ({"_name_or_path": "/home/chatglm2/chatglm3-6b-32k/"}, {}, HIGHER, THIRD),
-    "nor this one": ({"_name_or_path": "/home/chatglm3/ChatGLM2-6B-32k"}, {}, LINEAR, SECOND),
+    "a folder's name is none": ({"_name_or_path": "/models/chatglm2/chatglm3-6b-32k/"}, {}, HIGHER, THIRD),
+    "nor this one": ({"_name_or_path": "/models/chatglm3/ChatGLM2-6B-32k"}, {}, LINEAR, SECOND),
     "the tokenizer's": (
         {"_name_or_path": "/data/mine"},
         {"tokenizer_config.json": '{"name_or_path": "THUDM/chatglm2-6b-32k"}', "tokenizer.model": None}, LINEAR, SECOND,

@@ -241,13 +241,16 @@ def test_progress_reaches_the_end(tmp_path):
 def test_generation_config_and_tokenizer_files(tmp_path):
     source = made.write_directory(tmp_path / "hf")
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 2]}))
-    (source / "tokenizer.json").write_text("{}")
+    tokenizer = json.dumps({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}})
+    (source / "tokenizer.json").write_text(tokenizer)
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     (source / "modeling_evil.py").write_text("raise SystemExit")
     assert convert(source, tmp_path / "ours").config.eos_token_ids == (5, 2)
-    assert [file.name for file in (tmp_path / "ours" / "tokenizer").iterdir()] == ["tokenizer.json"]
+    copied = sorted(file.name for file in (tmp_path / "ours" / "tokenizer").iterdir())
+    assert copied == ["tokenizer.json", "tokenizer_config.json"]
     export(tmp_path / "ours", tmp_path / "back")
     assert json.loads((tmp_path / "back" / "generation_config.json").read_text()) == {"eos_token_id": [5, 2]}
-    assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == tokenizer
 
 
 def test_loaded_weights_are_the_mapped_file(tmp_path):
