@@ -225,7 +225,7 @@ pickled_case("pickle_replaces_a_method", lambda: b"\x80\x02" + made.named("colle
              + made.text("items") + made.number(1) + b"s\x86b.", "missing tensor")  # fmt: skip
 pickled_case("pickle_repeats_an_element", lambda: _tensor(0, [2**30, 32], [0, 0]), "repeats elements of its storage")
 pickled_case("pickle_strides_away", lambda: _tensor(0, [2, 2], [2**31 - 1, 1]), "needs 2147483649 elements")
-pickled_case("pickle_of_many_dimensions", lambda: _tensor(0, [1] * 100, [1] * 100), "is a view")
+pickled_case("pickle_of_many_dimensions", lambda: _tensor(0, [1] * 100, [1] * 100), "has 100 dimensions; at most 16")
 pickled_case("pickle_notes_far_away", lambda: b"\x80\x02}r\xff\xff\xff\x7f.", "missing tensor")
 pickled_case("pickle_doubles_forty_times", lambda: b"\x80\x02" + made.text("x") + b"q\0" + b"h\0h\0\x86q\0" * 40
              + b"Q.", "malformed")  # fmt: skip
@@ -239,6 +239,27 @@ pickled_case("pickle_over_the_limit", lambda: b"]" * (65 << 20), "the limit is 6
 pickled_case("pickle_of_digits", lambda: b"L" + b"9" * 60_000_000 + b"L\n.", "malformed")
 pickled_case("pickle_of_a_large_number", lambda: b"\x8b" + struct.pack("<i", 60_000_000) + b"\x7f" * 60_000_000 + b".",
              "holds a int")  # fmt: skip
+
+
+def _again(arguments: bytes, function: bytes, times: int) -> bytes:
+    """Makes one tuple of arguments, and calls a function with it again and again."""
+    return b"\x80\x02" + function + b"q\0" + arguments + b"q\x01" + b"h\0h\x01R0" * times + b"}."
+
+
+_ORDERED, _REBUILD = made.named("collections", "OrderedDict"), made.named("torch._utils", "_rebuild_tensor_v2")
+_STORAGE = (b"(" + made.text("storage") + made.named("torch", "FloatStorage") + made.text("0") + made.text("cpu")
+            + made.number(1) + b"tQ")  # fmt: skip
+pickled_case("pickle_repeats_a_long_list", lambda: _again(b"](" + b"N" * 300_000 + b"e\x85", _ORDERED, 1_000),
+             "a dict takes a name and a value at a time")  # fmt: skip
+pickled_case("pickle_repeats_many_pairs", lambda: _again(
+             b"](" + b"".join(made.text(f"{n}") + b"N\x86" for n in range(100_000)) + b"e\x85", _ORDERED, 5_000),
+             "more than 1,000,000 instructions and elements")  # fmt: skip
+pickled_case("pickle_repeats_a_long_shape", lambda: _again(
+             b"(" + _STORAGE + b"K\0(" + b"K\x01" * 100_000 + b"tq\x02h\x02t", _REBUILD, 5_000),
+             "has 100,000 dimensions; at most 16")  # fmt: skip
+pickled_case("pickle_repeats_a_short_shape", lambda: _again(
+             b"(" + _STORAGE + b"K\0(" + b"K\x01" * 16 + b"tq\x02h\x02t", _REBUILD, 100_000),
+             "more than 1,000,000 instructions and elements")  # fmt: skip
 
 
 def _shared() -> bytes:
