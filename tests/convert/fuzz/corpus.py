@@ -20,6 +20,8 @@ from sentencepiece_inputs import sound as sound_chatglm
 from sentencepiece_models import train
 from torch_inputs import archive
 
+from convert.hf_config import FAMILIES
+
 CASES: dict[str, tuple[Callable[[], Input], tuple[str, ...]]] = {}
 
 
@@ -59,6 +61,26 @@ config_case("end_token_beyond_integers", {"eos_token_id": 1 << 40}, "eos_token_i
 config_case("deep_field", {"rms_norm_eps": "@deep@"}, "nested more than 64 deep")
 config_case("terminal_codes", {"model_type": "\x1b[2Jllama"}, "unknown model_type")
 config_case("long_model_type", {"model_type": "x" * 10_000_000}, "unknown model_type")
+
+
+def size_cases(case: str) -> None:
+    """Sizes far beyond the tensors that are there, which must be seen before anything is made of them."""
+    config = tiny_hf.CASES[case]
+    names = FAMILIES[config["model_type"]].names
+    heads, hidden, head_dim = (
+        names.get(name, name) for name in ("num_attention_heads", "hidden_size", "head_dim")
+    )
+    sizes = {"hidden": {hidden: 1 << 24}, "heads": {heads: 1 << 23, hidden: 1 << 24}}
+    if head_dim is not None:
+        sizes["head_dim"] = {heads: 1024, head_dim: 1 << 24}
+    for name, changes in sizes.items():
+        config_case(f"huge_{name}_of_{case}", changes, "cannot convert", model=case)
+
+
+for _name in tiny_hf.CASES:
+    size_cases(_name)
+config_case("huge_heads_in_many_layers", {"kv_channels": 1 << 21, "num_layers": 10_000}, "misshaped tensor",
+            "more problems", model="chatglm")  # fmt: skip
 
 
 def text_case(name: str, file: str, make: Callable[[], bytes | Special], *phrases: str) -> None:
