@@ -27,7 +27,7 @@ def half_split(rows: np.ndarray, head_dim: int, rotary_dim: int) -> np.ndarray:
 
 
 def pairs_side_by_side(config: ModelConfig, rows: np.ndarray) -> np.ndarray:
-    """Where rows of queries, keys and values stand in a file that keeps the two numbers of a rotary pair side by side."""
+    """Where rows of queries, keys and values stand in a file that keeps both numbers of a rotary pair side by side."""
     if config.rope is None:
         return rows
     turned = (config.num_heads + config.num_kv_heads) * config.head_dim  # rows of queries and keys

@@ -108,7 +108,20 @@ text_case("tokenizer_is_sparse", "tokenizer.model", lambda: Special("sparse", ""
 text_case("tokenizer_is_no_json", "tokenizer.json", lambda: b"garbage", "not readable JSON")
 text_case("tokenizer_was_not_fetched", "tokenizer.model", lambda: LFS_POINTER, "git lfs pull")
 text_case("tokenizer_of_lists", "tokenizer.json", lambda: b'{"a":[' + b"[]," * 40_000_000 + b"[]]}", "values")
-text_case("largest_tokenizer", "tokenizer.json", lambda: b'{"a":[' + b"[]," * 3_700_000 + b"[]]}")
+text_case("tokenizer_of_wide_text", "tokenizer.json", lambda: '{"a":"😀'.encode() + b"x" * (95 << 20) + b'"}')
+text_case("tokenizer_of_wide_texts", "tokenizer.json",
+          lambda: b'{"a":[' + ",".join(f'"{n:018}😀"' for n in range(3_900_000)).encode() + b"]}")  # fmt: skip
+text_case("tokenizer_of_wide_names", "tokenizer.json",
+          lambda: b"{" + ",".join(f'"{n:040}😀":{{}}' for n in range(1_300_000)).encode() + b"}")  # fmt: skip
+text_case("tokenizer_is_too_long", "tokenizer.json", lambda: b'{"a":"' + b"x" * (96 << 20) + b'"}', "bytes")
+text_case("merges_of_wide_text", "merges.txt", lambda: "😀".encode() + b"x" * (95 << 20))
+text_case("tokenizer_of_many_bytes", "tokenizer.json", lambda: b'{"a":"' + b"x" * (30 << 20) + b'"}')
+text_case("tokenizer_config_grows", "tokenizer_config.json", lambda: b'{"auto_map":{},"a":' + b"[" * 60
+          + b",".join([b"1e15"] * 1_500_000) + b"]" * 60 + b"}")  # fmt: skip
+text_case("tokenizer_config_of_half_a_character", "tokenizer_config.json", lambda: b'{"auto_map":{},"a":"\\ud800"}')
+text_case("tokenizer_config_is_long", "tokenizer_config.json", lambda: b'{"a":"' + b"x" * (9 << 20) + b'"}',
+          "has more than 8,388,608 bytes")  # fmt: skip
+text_case("largest_tokenizer", "tokenizer.json"tokenizer.json", lambda: b'{"a":[' + b"[]," * 3_700_000 + b"[]]}")
 text_case("tokenizer_of_garbage", "tokenizer.model", lambda: bytes(range(256)) * 40)
 
 
@@ -129,7 +142,35 @@ def _piece(**changes: Any) -> bytes:
     return model.SerializeToString()
 
 
+def _family(letters: str, longest: int) -> bytes:
+    """The sound model and c, cc, ccc and so on of every letter, in which every cut is a merge."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model: Any = sentencepiece_model_pb2.ModelProto.FromString(train())
+    known, rows = {piece.piece for piece in model.pieces}, [c * n for c in letters for n in range(1, longest + 1)]
+    for count, row in enumerate(row for row in rows if row not in known):
+        model.pieces.add(piece=row, score=-1e5 - count, type=1)
+    return model.SerializeToString()
+
+
+def _chain() -> bytes:
+    """The sound model and the beginnings of long texts, none of whose ends is a piece."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model: Any = sentencepiece_model_pb2.ModelProto.FromString(train())
+    for count, letter in enumerate("αβγδεζηθικλμνξο"):
+        text = letter + "π" * 998
+        for length in range(2, 1000):
+            model.pieces.add(piece=text[:length], score=-1e5 - 1000 * count - length, type=1)
+    return model.SerializeToString()
+
+
 sentencepiece_case("pieces_sound", train)
+sentencepiece_case("pieces_join_everywhere", lambda: _family("αβγδεζηθικ", 1_000), "are the limits")
+sentencepiece_case("pieces_join_often", lambda: _family("α", 250), "padded_vocab_size")
+sentencepiece_case("pieces_join_nowhere", _chain, "padded_vocab_size")
+sentencepiece_case("pieces_end_is_a_template", lambda: train().replace(b"</s>", b"a b<"), "no template can name")
+sentencepiece_case("pieces_begin_is_a_template", lambda: train().replace(b"<s>", b"x:9"), "no template can name")
 sentencepiece_case("pieces_of_no_text", lambda: train().replace("▁".encode(), b"\xff\x96\x81", 1), "no UTF-8")
 sentencepiece_case("pieces_score_nan", lambda: _piece(score=float("nan")), "no finite numbers")
 sentencepiece_case("pieces_one_is_long", lambda: _piece(piece="a" * 4_000_000), "longest token has 4000000 characters")
@@ -158,6 +199,28 @@ def index_of_a_million():
     names = ",".join(f'"{number}":"x.safetensors"' for number in range(1_100_000))
     index = f'{{"weight_map":{{{names}}}}}'.encode()
     return directory({"source/model.safetensors.index.json": index}, kind="sharded")
+
+
+def _snapshot(blobs: Files) -> Input:
+    """A hub's repository, whose merges.txt is a link to a blob."""
+    files = placed(base("llama").files, "source/snapshots/main")
+    link = {"source/snapshots/main/merges.txt": Special("link", "../../blobs/secret.txt")}
+    return Input(files=files | link | blobs, source="source/snapshots/main")
+
+
+@case()
+def snapshot_of_blobs():
+    return _snapshot({"source/blobs/secret.txt": b"a b"})
+
+
+@case("merges.txt is a link that leads out")
+def snapshot_of_blobs_elsewhere():
+    return _snapshot({"source/blobs": Special("link", "../bystander")})
+
+
+@case("merges.txt is a link that leads out")
+def snapshot_of_a_blob_elsewhere():
+    return _snapshot({"source/blobs/secret.txt": Special("link", "../../bystander/secret.txt")})
 
 
 # safetensors
@@ -344,6 +407,15 @@ gguf_case("gguf_of_strings", {"x": (9, (8, [""] * 3_100_000))}, "array elements;
 gguf_case("gguf_of_most_strings", {"x": (9, (8, ["ab"] * 2_900_000))})
 gguf_case("gguf_of_lists", {"x": (9, (9, [(4, [])] * 1_000_000))})
 gguf_case("gguf_of_bytes", {"x": (9, (0, [7] * 3_100_000))}, "array elements")
+_JOINED = ["<unk>", "<s>", "</s>", *(letter * n for letter in "abcdefghi" for n in range(1, 1_001))]
+gguf_case("gguf_joins_everywhere", {"tokenizer.ggml.tokens": (9, (8, _JOINED)),
+          "tokenizer.ggml.scores": (9, (6, [float(-n) for n in range(len(_JOINED))])),
+          "tokenizer.ggml.token_type": (9, (5, [1] * len(_JOINED)))},
+          "are the limits", model="llama")  # fmt: skip
+_ROOM = ["<unk>", "<s>", "</s>", *(chr(0x4E00 + n // 200) * (n % 200 + 1) for n in range(10_000))]
+gguf_case("gguf_takes_room", {"tokenizer.ggml.tokens": (9, (8, _ROOM)),
+          "tokenizer.ggml.scores": (9, (6, [float(-n) for n in range(len(_ROOM))])),
+          "tokenizer.ggml.token_type": (9, (5, [3] * len(_ROOM)))}, model="llama")  # fmt: skip
 gguf_case("gguf_bos_is_a_template", {"tokenizer.ggml.tokens": (9, (8, ["<unk>", "$A:9 x", *_TOKENS[2:]]))},
           "bos token '$A:9 x' cannot be put in front", model="llama")  # fmt: skip
 
