@@ -38,7 +38,7 @@ TOKENIZER_FILES = (
 MAX_JSON_BYTES, MAX_JSON_VALUES = 64 << 20, 2_000_000  # of an index, where a tensor takes 100 and two
 # The largest published tokenizer has 35 MB, half a million merges and a quarter of a million tokens. One character
 # beyond 16 bits makes 8 bytes in memory of each byte of text.
-MAX_TOKENIZER_BYTES, MAX_TOKENIZER_VALUES = 96 << 20, 8_000_000
+MAX_TOKENIZER_BYTES, MAX_TOKENIZER_VALUES = 96 << 20, 4_000_000
 MAX_TOKENIZER_CONFIG_BYTES = 8 << 20  # the largest published has 1.2 MB
 _LFS_POINTER = b"version https://git-lfs"
 

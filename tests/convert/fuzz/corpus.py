@@ -111,6 +111,9 @@ text_case("tokenizer_of_lists", "tokenizer.json", lambda: b'{"a":[' + b"[]," * 4
 text_case("tokenizer_of_wide_text", "tokenizer.json", lambda: '{"a":"😀'.encode() + b"x" * (95 << 20) + b'"}')
 text_case("tokenizer_of_wide_texts", "tokenizer.json",
           lambda: b'{"a":[' + ",".join(f'"{n:018}😀"' for n in range(3_900_000)).encode() + b"]}")  # fmt: skip
+text_case("tokenizer_of_short_wide_texts", "tokenizer.json",
+          lambda: b'{"a":[' + ",".join(f'"{n:06}😀"' for n in range(7_000_000)).encode() + b"]}",
+          "values; at most")  # fmt: skip
 text_case("tokenizer_of_wide_names", "tokenizer.json",
           lambda: b"{" + ",".join(f'"{n:040}😀":{{}}' for n in range(1_300_000)).encode() + b"}")  # fmt: skip
 text_case("tokenizer_is_too_long", "tokenizer.json", lambda: b'{"a":"' + b"x" * (96 << 20) + b'"}', "bytes")
@@ -121,7 +124,7 @@ text_case("tokenizer_config_grows", "tokenizer_config.json", lambda: b'{"auto_ma
 text_case("tokenizer_config_of_half_a_character", "tokenizer_config.json", lambda: b'{"auto_map":{},"a":"\\ud800"}')
 text_case("tokenizer_config_is_long", "tokenizer_config.json", lambda: b'{"a":"' + b"x" * (9 << 20) + b'"}',
           "has more than 8,388,608 bytes")  # fmt: skip
-text_case("largest_tokenizer", "tokenizer.json"tokenizer.json", lambda: b'{"a":[' + b"[]," * 3_700_000 + b"[]]}")
+text_case("largest_tokenizer", "tokenizer.json", lambda: b'{"a":[' + b"[]," * 1_900_000 + b"[]]}")
 text_case("tokenizer_of_garbage", "tokenizer.model", lambda: bytes(range(256)) * 40)
 
 
@@ -412,7 +415,7 @@ gguf_case("gguf_joins_everywhere", {"tokenizer.ggml.tokens": (9, (8, _JOINED)),
           "tokenizer.ggml.scores": (9, (6, [float(-n) for n in range(len(_JOINED))])),
           "tokenizer.ggml.token_type": (9, (5, [1] * len(_JOINED)))},
           "are the limits", model="llama")  # fmt: skip
-_ROOM = ["<unk>", "<s>", "</s>", *(chr(0x4E00 + n // 200) * (n % 200 + 1) for n in range(10_000))]
+_ROOM = ["<unk>", "<s>", "</s>", *(chr(0x4E00 + n // 50) * (n % 50 + 1) for n in range(10_000))]
 gguf_case("gguf_takes_room", {"tokenizer.ggml.tokens": (9, (8, _ROOM)),
           "tokenizer.ggml.scores": (9, (6, [float(-n) for n in range(len(_ROOM))])),
           "tokenizer.ggml.token_type": (9, (5, [3] * len(_ROOM)))}, model="llama")  # fmt: skip
