@@ -23,7 +23,7 @@ from convert.hf_directory import read_config
 from convert.positions import extend_positions as extend
 from convert.sources import Source, open_source
 from convert.weights import DTYPES, Plan, Target, chunks, make_plan, specs
-from jaxdecode.checkpoint_writer import CheckpointWriter, partial_dir, refuse_existing
+from jaxdecode.checkpoint_writer import CheckpointWriter, partial_dir, refuse_existing, refuse_foreign
 from jaxdecode.config import ModelConfig
 
 __all__ = ["Conversion", "ConversionError", "Progress", "convert", "export", "read_config"]
@@ -116,6 +116,7 @@ def _prepare(
         problems.append(f"unknown dtype {dtype!r}; supported are {', '.join(DTYPES)}")
     try:
         refuse_existing(dst)
+        refuse_foreign(partial_dir(dst))
     except ValueError as error:
         problems.append(str(error))
     try:

@@ -72,6 +72,11 @@ class ChatGLMTokenizer:
         """Number of tokens, special ones included."""
         return len(self._model.pieces) + len(self._specials)
 
+    @property
+    def written_bytes(self) -> int:
+        """What `write` writes, at most."""
+        return self._model.written_bytes
+
     def with_stops(self, generation_config: dict[str, Any]) -> dict[str, Any]:
         """A generation_config.json that also names the roles at which ChatGLM3 stops."""
         if self._version == 2:

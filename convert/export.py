@@ -117,7 +117,7 @@ def _split(config: ModelConfig, target: str, view: np.ndarray) -> _Pieces:
     """The Hugging Face tensors that stand in one of ours."""
     pieces, start = {}, 0
     for name, rows, order in FAMILIES[config.model_type].parts(config, target, view.shape[0]):
-        pieces[name] = _Piece(view[start : start + rows], None if order is None else np.argsort(order))
+        pieces[name] = _Piece(view[start : start + rows], None if order is None else np.argsort(order(np.arange(rows))))
         start += rows
     return pieces
 

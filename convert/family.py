@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
+from convert.rows import Order
 from jaxdecode.config import ModelConfig, RopeKind
 
 # The largest number that a field may hold, by Llama's name for it; beyond any model, and within what an array can be.
@@ -97,12 +98,12 @@ class Part(NamedTuple):
     Attributes:
       name: theirs.
       rows: how many.
-      order: for each of those rows of ours, its place in their tensor; None if they are in the same order.
+      order: where rows of ours stand in their tensor; None if they are in the same order.
     """
 
     name: str
     rows: int
-    order: np.ndarray | None
+    order: Order | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,7 @@ class Family:
       rope_keys: whether config.json says positions as Llama's does; if not, `features` and `to_hf` see to them.
       rope_kinds: their names of the rules that stretch positions -> ours.
       partial_rotary: the share of a head that turns when config.json says nothing; None if all of it always does.
-      qkv_rows: for each row of our query, key and value product, its place in theirs; None for the same order.
+      qkv_rows: where rows of our query, key and value product stand in theirs; None for the same order.
     """
 
     model_type: str
@@ -139,7 +140,7 @@ class Family:
     rope_keys: bool = True
     rope_kinds: Mapping[str, RopeKind] = dataclasses.field(default_factory=lambda: {k: k for k in get_args(RopeKind)})
     partial_rotary: float | None = None
-    qkv_rows: Callable[[ModelConfig], np.ndarray] | None = None
+    qkv_rows: Callable[[ModelConfig, np.ndarray], np.ndarray] | None = None
 
     def sources(self, target: str) -> list[str]:
         """Names of the source tensors whose rows make one of ours ("layers.3.mlp.gate_up.weight")."""
@@ -158,12 +159,16 @@ class Family:
         """The source tensors whose rows make the `rows` of one of our tensors."""
         names = self.sources(target)
         counts, parts = _part_rows(config, target, len(names), rows), []
-        order = self.qkv_rows(config) if self.qkv_rows and ".attention.qkv." in target else None
-        for name, count, stop in zip(names, counts, np.cumsum(counts), strict=True):
-            own = None if order is None else order[stop - count : stop] - (stop - count)
-            same = own is None or np.array_equal(own, np.arange(count))
-            parts.append(Part(name, count, None if same else own))
+        for name, count, start in zip(names, counts, np.cumsum((0, *counts)), strict=False):
+            parts.append(Part(name, count, self._order(config, target, int(start))))
         return parts
+
+    def _order(self, config: ModelConfig, target: str, start: int) -> Order | None:
+        """Where rows of a part that begins at row `start` of ours stand in it."""
+        places = self.qkv_rows
+        if places is None or ".attention.qkv." not in target:
+            return None
+        return lambda rows: places(config, rows + start) - start
 
 
 def _part_rows(config: ModelConfig, target: str, parts: int, rows: int) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ def open_gguf(path: Path) -> Source:
     Raises:
       ConversionError: not GGUF, damaged, split, of another architecture, or with metadata missing.
     """
-    from convert.tokenizer import tokenizer_problems, write_gguf_tokenizer
+    from convert.tokenizer import gguf_tokenizer_bytes, tokenizer_problems, write_gguf_tokenizer
 
     file = read_gguf(path)
     metadata, tensors = file.metadata, dict(file.tensors)
@@ -63,6 +63,7 @@ def open_gguf(path: Path) -> Source:
         problems=problems,
         fingerprint=fingerprint([path]),
         write_tokenizer=lambda target: write_gguf_tokenizer(metadata, target),
+        tokenizer_bytes=0 if problems else gguf_tokenizer_bytes(metadata),
     )
 
 

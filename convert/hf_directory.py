@@ -38,8 +38,10 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 MAX_JSON_BYTES, MAX_JSON_VALUES = 64 << 20, 2_000_000  # of an index, where a tensor takes 100 and two
-# The largest published tokenizer has 35 MB, half a million merges and a quarter of a million tokens.
-MAX_TOKENIZER_BYTES, MAX_TOKENIZER_VALUES = 128 << 20, 8_000_000
+# The largest published tokenizer has 35 MB, half a million merges and a quarter of a million tokens. One character
+# beyond 16 bits makes 8 bytes in memory of each byte of text.
+MAX_TOKENIZER_BYTES, MAX_TOKENIZER_VALUES = 96 << 20, 4_000_000
+MAX_TOKENIZER_CONFIG_BYTES = 8 << 20  # the largest published has 1.2 MB
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -62,19 +64,19 @@ def open_directory(path: Path) -> Source:
     for file in files:
         _add_tensors(path / file, tensors, problems)
     _check_index(files, tensors, problems)
-    write_tokenizer, generation = _tokenizer(path, config, generation, problems)
+    write_tokenizer, tokenizer_bytes, generation = _tokenizer(path, config, generation, problems)
     return Source(
         path=path, kind="safetensors" if "safetensors" in chosen else "torch .bin", config=config,
         generation_config=generation, tensors=tensors, problems=problems,
         fingerprint=fingerprint([path / file for file in files], json.dumps(config), json.dumps(generation)),
-        write_tokenizer=write_tokenizer,
+        write_tokenizer=write_tokenizer, tokenizer_bytes=tokenizer_bytes,
     )  # fmt: skip
 
 
 def _tokenizer(
     path: Path, config: dict[str, Any], generation: dict[str, Any], problems: list[str]
-) -> tuple[Callable[[Path], None], dict[str, Any]]:
-    """What writes the tokenizer's files, and the generation config with the tokens at which it is known to stop."""
+) -> tuple[Callable[[Path], None], int, dict[str, Any]]:
+    """What writes the tokenizer's files, their size at most, the generation config with tokens to stop at."""
     before = len(problems)
     files = _tokenizer_files(path, problems)
     if config.get("model_type") == "chatglm" and len(problems) == before:
@@ -86,14 +88,14 @@ def _tokenizer(
             problems += error.problems
             tokenizer = None
         if tokenizer is not None:
-            return tokenizer.write, tokenizer.with_stops(generation)
+            return tokenizer.write, tokenizer.written_bytes, tokenizer.with_stops(generation)
     problems += missing_problems(path, files)
 
     def write(target: Path) -> None:
         copy_tokenizer(path, files, target)
         write_model_type(config, target)
 
-    return write, generation
+    return write, _copied_bytes(path, files) + len(json.dumps(config)) + 64, generation  # a part of it, indented
 
 
 def read_config(file: Path) -> tuple[ModelConfig, str]:
@@ -114,7 +116,8 @@ def read_json(path: Path, problems: list[str], *, tokenizer: bool = False) -> di
     """A JSON object in a plain file; anything else becomes a problem and an empty dict."""
     try:
         if tokenizer:  # a vocabulary may say a token twice
-            value = parse_json(read_plain(path, MAX_TOKENIZER_BYTES), most_values=MAX_TOKENIZER_VALUES, unique=False)
+            most = MAX_TOKENIZER_CONFIG_BYTES if path.name == "tokenizer_config.json" else MAX_TOKENIZER_BYTES
+            value = parse_json(read_plain(path, most), most_values=MAX_TOKENIZER_VALUES, unique=False)
         else:
             value = parse_json(read_plain(path, MAX_JSON_BYTES), most_values=MAX_JSON_VALUES)
     except (OSError, ValueError) as error:
@@ -127,13 +130,22 @@ def read_json(path: Path, problems: list[str], *, tokenizer: bool = False) -> di
 
 
 def copy_tokenizer(source: Path, names: list[str], target: Path) -> None:
-    """Copy a tokenizer's files, which `_tokenizer_files` has looked at, and nothing that names code."""
+    """Copy a tokenizer's files, which `_tokenizer_files` has looked at, and nothing that names code.
+
+    What is written anew is not indented, which would multiply it, and in ASCII, which can say half of a character.
+    """
     for name in names:
         shutil.copyfile(source / name, target / name)
     config = target / "tokenizer_config.json"
     if config.name in names and "auto_map" in (said := read_json(config, [], tokenizer=True)):
         del said["auto_map"]
-        config.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        config.write_text(json.dumps(said, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def _copied_bytes(source: Path, names: list[str]) -> int:
+    """Room that `copy_tokenizer` takes, at most: 1e15 and two-byte characters get longer when they are written anew."""
+    sizes = {name: (source / name).stat().st_size for name in names}
+    return sum(4 * size if name == "tokenizer_config.json" else size for name, size in sizes.items()) + 1
 
 
 def _tokenizer_files(path: Path, problems: list[str]) -> list[str]:
@@ -246,8 +258,8 @@ def _begins_with(file: Path, beginning: bytes) -> bool:
 def _inside(directory: Path, file: Path) -> bool:
     """Whether a file really lies in its directory; hub snapshots may link to their own repository's blobs."""
     roots = [directory.resolve()]
-    if directory.absolute().parent.name == "snapshots":
-        roots.append((directory.absolute().parent.parent / "blobs").resolve())
+    if roots[0].parent.name == "snapshots" and not (blobs := roots[0].parent.parent / "blobs").is_symlink():
+        roots.append(blobs)
     return any(file.resolve().is_relative_to(root) for root in roots)
 
 

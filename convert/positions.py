@@ -33,7 +33,7 @@ def extend_positions(plan: Plan, config: ModelConfig, count: int) -> tuple[Plan,
         item: [_longer(target, config, count) if target.name == _TABLE else target for target in targets]
         for item, targets in plan.items.items()
     }
-    return Plan(items, plan.dtype), dataclasses.replace(config, max_position=count)
+    return dataclasses.replace(plan, items=items), dataclasses.replace(config, max_position=count)
 
 
 def _longer(target: Target, config: ModelConfig, count: int) -> Target:

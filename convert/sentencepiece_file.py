@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import ConversionError
-from convert.tokenizer import length_problems, merges_from_scores, sentencepiece_bpe
+from convert.tokenizer import (
+    fits_template,
+    length_problems,
+    merge_problems,
+    merges_bytes,
+    merges_from_scores,
+    sentencepiece_bpe,
+    vocab_bytes,
+)
 from jaxdecode.foreign_files import read_plain
 
 _MOST_BYTES, _MOST_PIECES = 16 << 20, 1_000_000  # the largest published has 4 MB and a quarter of a million
@@ -64,8 +72,17 @@ class SentencePieceModel:
     def build(self):
         """The `tokenizers.Tokenizer` that gives the same ids; no special tokens are added to a text."""
         vocab = {piece: index for index, piece in enumerate(self.pieces)}
-        merges = merges_from_scores({self.pieces[index]: index for index in self.ordinary}, self.scores)
+        merges = merges_from_scores(self._joined, [self.scores[index] for index in self.ordinary])
         return sentencepiece_bpe(vocab, merges, self.unknown, prefix=self.prefix)
+
+    @property
+    def written_bytes(self) -> int:
+        """Room that the files of a tokenizer of these pieces take, at most."""
+        return vocab_bytes(self.pieces) + merges_bytes(self._joined)
+
+    @property
+    def _joined(self) -> list[str]:
+        return [self.pieces[index] for index in self.ordinary]
 
 
 def read_sentencepiece(file: Path) -> SentencePieceModel:
@@ -129,7 +146,9 @@ def _problems(model: Any) -> list[str]:
     for name in ("unk_id", "bos_id", "eos_id"):
         if not 0 <= getattr(trainer, name) < len(pieces):
             problems.append(f"its {name} {getattr(trainer, name)} is outside its {len(pieces)} pieces")
-    return problems
+        elif not fits_template(piece := pieces[getattr(trainer, name)].piece):
+            problems.append(f"its {name} is the piece {piece!r:.80}, which no template can name")
+    return problems or merge_problems([piece.piece for piece in pieces if piece.type == _NORMAL])
 
 
 @functools.cache

@@ -47,6 +47,7 @@ class Source:
       problems: what was wrong with files and index; the engine adds its own and reports all at once.
       fingerprint: changes when the files do.
       write_tokenizer: writes the tokenizer's files into an empty directory.
+      tokenizer_bytes: room that they take, at most.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class Source:
     problems: list[str]
     fingerprint: str
     write_tokenizer: Callable[[Path], None]
+    tokenizer_bytes: int
 
 
 def open_source(src: str | Path) -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -35,11 +36,17 @@ _WHOLE_WORDS_FIRST = (
     "llama-v3",
     "tekken",
 )  # a piece that is a token is not merged; they add bos
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types
+_UNKNOWN, _CONTROL, _USER_DEFINED = _ADDED = 2, 3, 4  # token types
 _PREFIX = "tokenizer.ggml."
 _SPACE = "▁"  # sentencepiece's mark for a space
 _LONGEST = 1_000  # characters of a token; the longest published have some 200
 _CHARACTERS = 8_000_000  # of all tokens together; every one may be a place to cut a token in two
+# Ways to join two tokens into a third, and characters of what they make. Llama's 32,000 tokens have 60,000, Gemma's
+# quarter of a million half a million of some 10 characters.
+_MERGES, _MERGED_CHARACTERS = 1_000_000, 16_000_000
+_ENTRY_BYTES = 80  # of tokenizer.json around a token or a merge, at most
+_SPECIAL_BYTES = 300  # of it, again, around a special token
+_OTHER_BYTES = 1 << 18  # of all files, whatever the tokens are
 
 
 def tokenizer_problems(metadata: dict[str, Any]) -> list[str]:
@@ -63,6 +70,8 @@ def tokenizer_problems(metadata: dict[str, Any]) -> list[str]:
         problems.append(f"the tokenizer has no usable list of {key}")
     elif model == "gpt2":
         problems += _bad_merges(values, set(tokens))
+    elif not problems:
+        problems += merge_problems(tokens)
     for name in ("bos", "eos", "unknown", "padding"):
         index = metadata.get(f"{_PREFIX}{name}_token_id", 0)
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(tokens):
@@ -79,6 +88,40 @@ def length_problems(tokens: list[str]) -> list[str]:
         f"the tokenizer's longest token has {longest} characters, all have {together}; "
         f"{_LONGEST:,} and {_CHARACTERS:,} are the limits"
     ]
+
+
+def merge_problems(tokens: list[str]) -> list[str]:
+    """Why the merges of tokens are too many to be written; empty if they are not."""
+    try:
+        _joins(tuple(tokens))
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def gguf_tokenizer_bytes(metadata: dict[str, Any]) -> int:
+    """Room that the files of a sound tokenizer take, at most."""
+    tokens, types = metadata[f"{_PREFIX}tokens"], metadata.get(f"{_PREFIX}token_type") or []
+    if metadata[f"{_PREFIX}model"] == "gpt2":
+        merges = metadata[f"{_PREFIX}merges"]
+        joined = len(json.dumps(merges)) + _ENTRY_BYTES * len(merges)
+    else:
+        joined = merges_bytes(tokens)
+    special = [token for token, kind in zip(tokens, types, strict=False) if kind in _ADDED]
+    template = metadata.get("tokenizer.chat_template")
+    written = len(template.encode()) if isinstance(template, str) else 0
+    return vocab_bytes(tokens) + joined + _SPECIAL_BYTES * len(special) + len(json.dumps(special)) + written
+
+
+def vocab_bytes(tokens: list[str]) -> int:
+    """Room of a vocabulary and of what does not depend on it, at most; JSON in ASCII is never shorter."""
+    return len(json.dumps(tokens)) + _ENTRY_BYTES * len(tokens) + _OTHER_BYTES
+
+
+def merges_bytes(tokens: list[str]) -> int:
+    """Room of the merges of tokens, at most."""
+    sizes = [len(json.dumps(token)) for token in tokens]
+    return sum(sizes[whole] + _ENTRY_BYTES for whole, _, _ in _joins(tuple(tokens)))
 
 
 def write_gguf_tokenizer(metadata: dict[str, Any], target: Path) -> None:
@@ -136,7 +179,7 @@ def _byte_level(metadata: dict[str, Any]):
 def _sentencepiece(metadata: dict[str, Any]):
     tokens = metadata[f"{_PREFIX}tokens"]
     vocab = {token: index for index, token in enumerate(tokens)}
-    merges = merges_from_scores(vocab, metadata[f"{_PREFIX}scores"])
+    merges = merges_from_scores(tokens, metadata[f"{_PREFIX}scores"])
     prefix = metadata.get(f"{_PREFIX}add_space_prefix", True)
     return sentencepiece_bpe(vocab, merges, _special(metadata, "unknown"), prefix=prefix)
 
@@ -153,15 +196,34 @@ def sentencepiece_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], unkn
     return tokenizer
 
 
-def merges_from_scores(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to join two tokens of a vocabulary into a third; the highest score (by id) comes first."""
-    ranked = []
-    for token, index in vocab.items():
+def merges_from_scores(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
+    """Every way to join two tokens into a third, one score a token; the highest comes first."""
+    ranked = [(-scores[whole], left, right) for whole, left, right in _joins(tuple(tokens))]
+    return [(tokens[left], tokens[right]) for _, left, right in sorted(ranked)]
+
+
+@functools.lru_cache(maxsize=1)  # asked for by the check, the announcement and the tokenizer
+def _joins(tokens: tuple[str, ...]) -> list[tuple[int, int, int]]:
+    """Places of every token that is two others, one after another, and of those.
+
+    Raises:
+      ValueError: they are too many.
+    """
+    places, found, characters = {token: place for place, token in enumerate(tokens)}, [], 0
+    for whole, token in enumerate(tokens):
         for cut in range(1, len(token)):
-            left, right = vocab.get(token[:cut]), vocab.get(token[cut:])
-            if left is not None and right is not None:
-                ranked.append((-scores[index], left, right, token[:cut], token[cut:]))
-    return [(left, right) for *_, left, right in sorted(ranked)]
+            left = places.get(token[:cut])
+            right = None if left is None else places.get(token[cut:])
+            if right is not None:
+                found.append((whole, left, right))
+                characters += len(token)
+        if len(found) > _MERGES or characters > _MERGED_CHARACTERS:
+            raise ValueError(
+                f"the tokenizer's tokens can be joined into one another in more than {_MERGES:,} ways, or into "
+                f"{_MERGED_CHARACTERS:,} characters, which are the limits; {whole + 1:,} of its {len(tokens):,} tokens "
+                f"can be in {len(found):,} ways, into {characters:,} characters"
+            )
+    return found
 
 
 def _add_tokens(tokenizer, metadata: dict[str, Any]) -> None:
@@ -196,11 +258,15 @@ def _special(metadata: dict[str, Any], name: str) -> str | None:
 
 
 def _bad_bos(metadata: dict[str, Any]) -> list[str]:
-    """Templates are written with spaces, $ and :, which a token in them must not hold."""
     bos = _special(metadata, "bos")
-    if bos is None or not _adds_bos(metadata) or (bos and not re.search(r"[\s$:]", bos)):
+    if bos is None or not _adds_bos(metadata) or fits_template(bos):
         return []
     return [f"the tokenizer's bos token {bos!r:.80} cannot be put in front of a text"]
+
+
+def fits_template(token: str) -> bool:
+    """Whether a template can name a token: they are written with spaces, $ and :."""
+    return bool(token) and not re.search(r"[\s$:]", token)
 
 
 def _are_scores(values: list[Any], count: int) -> bool:

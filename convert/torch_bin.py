@@ -15,7 +15,7 @@ from convert.errors import ConversionError
 from convert.sources import SourceTensor
 from convert.torch_pickle import TensorRecord, read_pickle
 from convert.zip_directory import ZipEntry, read_directory
-from jaxdecode.safetensors_file import MAX_RANK, map_file, numpy_dtype
+from jaxdecode.safetensors_file import map_file, numpy_dtype
 
 MAX_PICKLE_BYTES = 64 << 20  # names and shapes only; the largest models need a few MB
 MAX_SHARING = 4  # how many times the file's size its tensors may be; a tied head makes less than two
@@ -95,7 +95,7 @@ def _locate(
             f"{path}: truncated: {name} needs {needed} elements; its storage claims {storage.count} "
             f"of {dtype} and holds {size} bytes"
         )
-    if len(shape) > MAX_RANK or math.prod(n or 1 for n in shape) > max(storage.count, 1):
+    if math.prod(n or 1 for n in shape) > max(storage.count, 1):
         raise ConversionError(
             f"{path}: {name!r:.80} is a view {list(shape)!s:.80} that repeats elements of its storage, which has "
             f"{storage.count}"

@@ -13,8 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 from convert.errors import ConversionError
+from jaxdecode.safetensors_file import MAX_RANK
 
-MAX_INSTRUCTIONS = 1_000_000  # a tensor takes about 35, the largest models in this format have 2,000
+# Instructions, and elements that called functions look at: a value that was noted costs one instruction to use again,
+# however long it is. A tensor takes about 45, the largest models in this format have 2,000.
+MAX_STEPS = 1_000_000
 _STORAGES = {
     "torch DoubleStorage": "float64",
     "torch FloatStorage": "float32",
@@ -61,9 +64,8 @@ def read_pickle(data: bytes) -> dict[str, TensorRecord]:
     machine = _Machine()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd escapes in protocol 0's strings
-        for count, (instruction, argument, _) in enumerate(pickletools.genops(data)):
-            if count == MAX_INSTRUCTIONS:
-                raise ValueError(f"it has more than {MAX_INSTRUCTIONS:,} instructions")
+        for instruction, argument, _ in pickletools.genops(data):
+            machine.count(1)
             if instruction.name not in _INSTRUCTIONS:
                 raise ValueError(f"a dict of tensors has no use for the instruction {instruction.name}")
             _INSTRUCTIONS[instruction.name](machine, argument)
@@ -89,6 +91,13 @@ class _Machine:
     def __init__(self):
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.steps = 0
+
+    def count(self, steps: int) -> None:
+        """Refuses a pickle whose work grows out of proportion, before it is done."""
+        self.steps += steps
+        if self.steps > MAX_STEPS:
+            raise ValueError(f"it has more than {MAX_STEPS:,} instructions and elements to handle")
 
     def pop(self, wanted: type = object) -> Any:
         if not self.stack:
@@ -160,22 +169,26 @@ def _stack_global(machine: _Machine) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Function:
-    call: Callable[..., Any]
+    call: Callable[[_Machine, tuple[Any, ...]], Any]
 
 
 def _reduce(machine: _Machine) -> Any:
     arguments, function = machine.pop(tuple), machine.pop(_Function)
-    return function.call(arguments)
+    return function.call(machine, arguments)
 
 
-def _ordered_dict(arguments: tuple[Any, ...]) -> dict[str, Any]:
+def _ordered_dict(machine: _Machine, arguments: tuple[Any, ...]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
-    for pair in _of_type(arguments[0], list) if arguments else []:
-        _set_items(fields, list(pair) if isinstance(pair, list | tuple) else [])
+    pairs = _of_type(arguments[0], list) if arguments else []
+    machine.count(len(pairs))
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise ValueError("a dict takes a name and a value at a time")
+        _set_items(fields, list(pair))
     return fields
 
 
-def _rebuild_tensor(arguments: tuple[Any, ...]) -> TensorRecord:
+def _rebuild_tensor(machine: _Machine, arguments: tuple[Any, ...]) -> TensorRecord:
     if len(arguments) < 4:
         raise ValueError("a tensor needs a storage, an offset, a shape and strides")
     storage, offset, shape, strides = arguments[:4]
@@ -183,10 +196,13 @@ def _rebuild_tensor(arguments: tuple[Any, ...]) -> TensorRecord:
         _of_type(value, kind)
     if len(shape) != len(strides):
         raise ValueError("a tensor needs as many strides as dimensions")
+    if len(shape) > MAX_RANK:
+        raise ValueError(f"a tensor has {len(shape):,} dimensions; at most {MAX_RANK} are read")
+    machine.count(2 * len(shape))
     return TensorRecord(storage, _natural(offset), tuple(map(_natural, shape)), tuple(map(_natural, strides)))
 
 
-def _rebuild_parameter(arguments: tuple[Any, ...]) -> TensorRecord:
+def _rebuild_parameter(machine: _Machine, arguments: tuple[Any, ...]) -> TensorRecord:
     return _of_type(arguments[0] if arguments else None, TensorRecord)
 
 

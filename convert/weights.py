@@ -38,10 +38,11 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a conversion will write; item name -> its tensors, in the order of the model."""
+    """What a conversion will write: item name -> its tensors, in the order of the model, and a tokenizer's files."""
 
     items: dict[str, list[Target]]
     dtype: str
+    tokenizer_bytes: int
 
     @property
     def targets(self) -> list[Target]:
@@ -57,9 +58,9 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes on disk: tensors, headers, and about 300 bytes per tensor of manifest and journal."""
+        """Bytes on disk: tokenizer, tensors, headers, and about 300 bytes per tensor of manifest and journal."""
         headers = sum(len(plan_header(specs(targets))[0]) for targets in self.items.values())
-        return self.nbytes + headers + 600 * len(self.targets) + (1 << 20)
+        return self.tokenizer_bytes + self.nbytes + headers + 600 * len(self.targets) + (1 << 20)
 
     @property
     def peak_bytes(self) -> int:
@@ -89,7 +90,7 @@ def make_plan(source: Source, config: ModelConfig, family: Family, dtype: str | 
     if config.tied_embeddings:
         used.update(_check_tied(tensors, family, problems))
     problems += _unexpected(tensors, family, used)
-    return Plan(items, chosen), problems
+    return Plan(items, chosen, source.tokenizer_bytes), problems
 
 
 def _by_table(source: Source, family: Family, problems: list[str]) -> dict[str, SourceTensor]:

@@ -73,8 +73,7 @@ class CheckpointWriter:
           ValueError: the destination exists, another writer is at work, or PATH.partial is not ours.
         """
         refuse_existing(self.path)
-        if not _is_unfinished(self.partial):
-            raise ValueError(f"{self.partial} is in the way: it is not an unfinished checkpoint; move it")
+        refuse_foreign(self.partial)
         self.partial.mkdir(parents=True, exist_ok=True)
         self._lock = (self.partial / "lock").open("a")
         try:
@@ -235,6 +234,16 @@ def _is_unfinished(partial: Path) -> bool:
     inside = [Path(folder) / name for folder, folders, files in os.walk(partial) for name in folders + files]
     plain = all(stat.S_ISREG(mode) or stat.S_ISDIR(mode) for mode in (path.lstat().st_mode for path in inside))
     return not inside or (plain and (partial / "lock").is_file())
+
+
+def refuse_foreign(partial: Path) -> None:
+    """Refuse to work in anything but an unfinished checkpoint.
+
+    Raises:
+      ValueError: something else is there.
+    """
+    if not _is_unfinished(partial):
+        raise ValueError(f"{partial} is in the way: it is not an unfinished checkpoint; move it")
 
 
 def refuse_existing(path: Path) -> None:

@@ -20,6 +20,8 @@ from sentencepiece_inputs import sound as sound_chatglm
 from sentencepiece_models import train
 from torch_inputs import archive
 
+from convert.hf_config import FAMILIES
+
 CASES: dict[str, tuple[Callable[[], Input], tuple[str, ...]]] = {}
 
 
@@ -51,7 +53,8 @@ config_case("huge_vocabulary", {"vocab_size": 10**15}, "vocab_size", "at most 16
 config_case("huge_heads", {"head_dim": 1 << 24}, "misshaped tensor", "67108864")
 config_case("number_beyond_floats", {"rms_norm_eps": 10**400}, "rms_norm_eps must be a positive number")
 config_case("number_beyond_digits", {"rms_norm_eps": 10**4000}, "rms_norm_eps must be a positive number")
-config_case("theta_beyond_floats", {"rope_ratio": 1e38}, "rope_ratio", "float32", model="chatglm")
+config_case("theta_beyond_floats", {"rope_ratio": 1e38, "_name_or_path": "chatglm3-6b"}, "rope_ratio", "float32",
+            model="chatglm")  # fmt: skip
 config_case("rope_of_no_number", {"rope_scaling": {"type": "yarn", "factor": 1e38, "mscale": 3e38,
             "mscale_all_dim": 1e-3}}, "attention_factor must be a float32")  # fmt: skip
 config_case("layer_types_of_lists", {"layer_types": [[]]}, "layer_types", model="qwen2")
@@ -61,8 +64,37 @@ config_case("terminal_codes", {"model_type": "\x1b[2Jllama"}, "unknown model_typ
 config_case("long_model_type", {"model_type": "x" * 10_000_000}, "unknown model_type")
 
 
+def size_cases(case: str) -> None:
+    """Sizes far beyond the tensors that are there, which must be seen before anything is made of them."""
+    config = tiny_hf.CASES[case]
+    names = FAMILIES[config["model_type"]].names
+    heads, hidden, head_dim = (
+        names.get(name, name) for name in ("num_attention_heads", "hidden_size", "head_dim")
+    )
+    sizes = {"hidden": {hidden: 1 << 24}, "heads": {heads: 1 << 23, hidden: 1 << 24}}
+    if head_dim is not None:
+        sizes["head_dim"] = {heads: 1024, head_dim: 1 << 24}
+    for name, changes in sizes.items():
+        config_case(f"huge_{name}_of_{case}", changes, "cannot convert", model=case)
+
+
+for _name in tiny_hf.CASES:
+    size_cases(_name)
+config_case("huge_heads_in_many_layers", {"kv_channels": 1 << 21, "num_layers": 10_000}, "misshaped tensor",
+            "more problems", model="chatglm")  # fmt: skip
+
+
 def text_case(name: str, file: str, make: Callable[[], bytes | Special], *phrases: str) -> None:
     CASES[name] = (lambda: directory({f"source/{file}": make()}), phrases)
+
+
+_MODEL = b'{"model":{"type":"BPE","vocab":{"a":0},"merges":[]},'  # a tokenizer.json begins so
+
+
+def settings_case(name: str, make: Callable[[], bytes]) -> None:
+    """A tokenizer_config.json beside a tokenizer."""
+    files = {"source/tokenizer.json": _MODEL + b'"version":"1.0"}'}
+    CASES[name] = (lambda: directory(files | {"source/tokenizer_config.json": make()}), ())
 
 
 text_case("config_in_utf16", "config.json", lambda: dumps(base("llama").config).decode().encode("utf-16"), "utf-8")
@@ -85,8 +117,24 @@ text_case("tokenizer_leads_out", "vocab.json", lambda: Special("link", "../bysta
 text_case("tokenizer_is_sparse", "tokenizer.model", lambda: Special("sparse", "", 3 << 30), "has more than")
 text_case("tokenizer_is_no_json", "tokenizer.json", lambda: b"garbage", "not readable JSON")
 text_case("tokenizer_was_not_fetched", "tokenizer.model", lambda: LFS_POINTER, "git lfs pull")
-text_case("tokenizer_of_lists", "tokenizer.json", lambda: b'{"a":[' + b"[]," * 40_000_000 + b"[]]}", "values")
-text_case("largest_tokenizer", "tokenizer.json", lambda: b'{"a":[' + b"[]," * 3_700_000 + b"[]]}")
+text_case("tokenizer_of_lists", "tokenizer.json", lambda: _MODEL + b'"a":[' + b"[]," * 30_000_000 + b"[]]}", "values")
+text_case("tokenizer_of_wide_text", "tokenizer.json", lambda: _MODEL + '"a":"😀'.encode() + b"x" * (95 << 20) + b'"}')
+text_case("tokenizer_of_wide_texts", "tokenizer.json",
+          lambda: _MODEL + b'"a":[' + ",".join(f'"{n:018}😀"' for n in range(3_900_000)).encode() + b"]}")  # fmt: skip
+text_case("tokenizer_of_short_wide_texts", "tokenizer.json",
+          lambda: _MODEL + b'"a":[' + ",".join(f'"{n:06}😀"' for n in range(7_000_000)).encode() + b"]}",
+          "values; at most")  # fmt: skip
+text_case("tokenizer_of_wide_names", "tokenizer.json",
+          lambda: _MODEL + ",".join(f'"{n:040}😀":{{}}' for n in range(1_300_000)).encode() + b"}")  # fmt: skip
+text_case("tokenizer_is_too_long", "tokenizer.json", lambda: _MODEL + b'"a":"' + b"x" * (96 << 20) + b'"}', "bytes")
+text_case("merges_of_wide_text", "merges.txt", lambda: "😀".encode() + b"x" * (95 << 20))
+text_case("tokenizer_of_many_bytes", "tokenizer.json", lambda: _MODEL + b'"a":"' + b"x" * (30 << 20) + b'"}')
+settings_case("tokenizer_config_grows", lambda: b'{"auto_map":{},"a":' + b"[" * 60
+              + b",".join([b"1e15"] * 1_500_000) + b"]" * 60 + b"}")  # fmt: skip
+settings_case("tokenizer_config_of_half_a_character", lambda: b'{"auto_map":{},"a":"\\ud800"}')
+text_case("tokenizer_config_is_long", "tokenizer_config.json", lambda: b'{"a":"' + b"x" * (9 << 20) + b'"}',
+          "has more than 8,388,608 bytes")  # fmt: skip
+text_case("largest_tokenizer", "tokenizer.json", lambda: _MODEL + b'"a":[' + b"[]," * 1_900_000 + b"[]]}")
 text_case("tokenizer_of_garbage", "tokenizer.model", lambda: bytes(range(256)) * 40)
 
 
@@ -107,7 +155,35 @@ def _piece(**changes: Any) -> bytes:
     return model.SerializeToString()
 
 
+def _family(letters: str, longest: int) -> bytes:
+    """The sound model and c, cc, ccc and so on of every letter, in which every cut is a merge."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model: Any = sentencepiece_model_pb2.ModelProto.FromString(train())
+    known, rows = {piece.piece for piece in model.pieces}, [c * n for c in letters for n in range(1, longest + 1)]
+    for count, row in enumerate(row for row in rows if row not in known):
+        model.pieces.add(piece=row, score=-1e5 - count, type=1)
+    return model.SerializeToString()
+
+
+def _chain() -> bytes:
+    """The sound model and the beginnings of long texts, none of whose ends is a piece."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model: Any = sentencepiece_model_pb2.ModelProto.FromString(train())
+    for count, letter in enumerate("αβγδεζηθικλμνξο"):
+        text = letter + "π" * 998
+        for length in range(2, 1000):
+            model.pieces.add(piece=text[:length], score=-1e5 - 1000 * count - length, type=1)
+    return model.SerializeToString()
+
+
 sentencepiece_case("pieces_sound", train)
+sentencepiece_case("pieces_join_everywhere", lambda: _family("αβγδεζηθικ", 1_000), "are the limits")
+sentencepiece_case("pieces_join_often", lambda: _family("α", 250), "padded_vocab_size")
+sentencepiece_case("pieces_join_nowhere", _chain, "padded_vocab_size")
+sentencepiece_case("pieces_end_is_a_template", lambda: train().replace(b"</s>", b"a b<"), "no template can name")
+sentencepiece_case("pieces_begin_is_a_template", lambda: train().replace(b"<s>", b"x:9"), "no template can name")
 sentencepiece_case("pieces_of_no_text", lambda: train().replace("▁".encode(), b"\xff\x96\x81", 1), "no UTF-8")
 sentencepiece_case("pieces_score_nan", lambda: _piece(score=float("nan")), "no finite numbers")
 sentencepiece_case("pieces_one_is_long", lambda: _piece(piece="a" * 4_000_000), "longest token has 4000000 characters")
@@ -136,6 +212,28 @@ def index_of_a_million():
     names = ",".join(f'"{number}":"x.safetensors"' for number in range(1_100_000))
     index = f'{{"weight_map":{{{names}}}}}'.encode()
     return directory({"source/model.safetensors.index.json": index}, kind="sharded")
+
+
+def _snapshot(blobs: Files) -> Input:
+    """A hub's repository, whose merges.txt is a link to a blob."""
+    files = placed(base("llama").files, "source/snapshots/main")
+    link = {"source/snapshots/main/merges.txt": Special("link", "../../blobs/secret.txt")}
+    return Input(files=files | link | blobs, source="source/snapshots/main")
+
+
+@case()
+def snapshot_of_blobs():
+    return _snapshot({"source/blobs/secret.txt": b"a b"})
+
+
+@case("merges.txt is a link that leads out")
+def snapshot_of_blobs_elsewhere():
+    return _snapshot({"source/blobs": Special("link", "../bystander")})
+
+
+@case("merges.txt is a link that leads out")
+def snapshot_of_a_blob_elsewhere():
+    return _snapshot({"source/blobs/secret.txt": Special("link", "../../bystander/secret.txt")})
 
 
 # safetensors
@@ -225,7 +323,7 @@ pickled_case("pickle_replaces_a_method", lambda: b"\x80\x02" + made.named("colle
              + made.text("items") + made.number(1) + b"s\x86b.", "missing tensor")  # fmt: skip
 pickled_case("pickle_repeats_an_element", lambda: _tensor(0, [2**30, 32], [0, 0]), "repeats elements of its storage")
 pickled_case("pickle_strides_away", lambda: _tensor(0, [2, 2], [2**31 - 1, 1]), "needs 2147483649 elements")
-pickled_case("pickle_of_many_dimensions", lambda: _tensor(0, [1] * 100, [1] * 100), "is a view")
+pickled_case("pickle_of_many_dimensions", lambda: _tensor(0, [1] * 100, [1] * 100), "has 100 dimensions; at most 16")
 pickled_case("pickle_notes_far_away", lambda: b"\x80\x02}r\xff\xff\xff\x7f.", "missing tensor")
 pickled_case("pickle_doubles_forty_times", lambda: b"\x80\x02" + made.text("x") + b"q\0" + b"h\0h\0\x86q\0" * 40
              + b"Q.", "malformed")  # fmt: skip
@@ -239,6 +337,27 @@ pickled_case("pickle_over_the_limit", lambda: b"]" * (65 << 20), "the limit is 6
 pickled_case("pickle_of_digits", lambda: b"L" + b"9" * 60_000_000 + b"L\n.", "malformed")
 pickled_case("pickle_of_a_large_number", lambda: b"\x8b" + struct.pack("<i", 60_000_000) + b"\x7f" * 60_000_000 + b".",
              "holds a int")  # fmt: skip
+
+
+def _again(arguments: bytes, function: bytes, times: int) -> bytes:
+    """Makes one tuple of arguments, and calls a function with it again and again."""
+    return b"\x80\x02" + function + b"q\0" + arguments + b"q\x01" + b"h\0h\x01R0" * times + b"}."
+
+
+_ORDERED, _REBUILD = made.named("collections", "OrderedDict"), made.named("torch._utils", "_rebuild_tensor_v2")
+_STORAGE = (b"(" + made.text("storage") + made.named("torch", "FloatStorage") + made.text("0") + made.text("cpu")
+            + made.number(1) + b"tQ")  # fmt: skip
+pickled_case("pickle_repeats_a_long_list", lambda: _again(b"](" + b"N" * 300_000 + b"e\x85", _ORDERED, 1_000),
+             "a dict takes a name and a value at a time")  # fmt: skip
+pickled_case("pickle_repeats_many_pairs", lambda: _again(
+             b"](" + b"".join(made.text(f"{n}") + b"N\x86" for n in range(100_000)) + b"e\x85", _ORDERED, 5_000),
+             "more than 1,000,000 instructions and elements")  # fmt: skip
+pickled_case("pickle_repeats_a_long_shape", lambda: _again(
+             b"(" + _STORAGE + b"K\0(" + b"K\x01" * 100_000 + b"tq\x02h\x02t", _REBUILD, 5_000),
+             "has 100,000 dimensions; at most 16")  # fmt: skip
+pickled_case("pickle_repeats_a_short_shape", lambda: _again(
+             b"(" + _STORAGE + b"K\0(" + b"K\x01" * 16 + b"tq\x02h\x02t", _REBUILD, 100_000),
+             "more than 1,000,000 instructions and elements")  # fmt: skip
 
 
 def _shared() -> bytes:
@@ -301,6 +420,15 @@ gguf_case("gguf_of_strings", {"x": (9, (8, [""] * 3_100_000))}, "array elements;
 gguf_case("gguf_of_most_strings", {"x": (9, (8, ["ab"] * 2_900_000))})
 gguf_case("gguf_of_lists", {"x": (9, (9, [(4, [])] * 1_000_000))})
 gguf_case("gguf_of_bytes", {"x": (9, (0, [7] * 3_100_000))}, "array elements")
+_JOINED = ["<unk>", "<s>", "</s>", *(letter * n for letter in "abcdefghi" for n in range(1, 1_001))]
+gguf_case("gguf_joins_everywhere", {"tokenizer.ggml.tokens": (9, (8, _JOINED)),
+          "tokenizer.ggml.scores": (9, (6, [float(-n) for n in range(len(_JOINED))])),
+          "tokenizer.ggml.token_type": (9, (5, [1] * len(_JOINED)))},
+          "are the limits", model="llama")  # fmt: skip
+_ROOM = ["<unk>", "<s>", "</s>", *(chr(0x4E00 + n // 50) * (n % 50 + 1) for n in range(10_000))]
+gguf_case("gguf_takes_room", {"tokenizer.ggml.tokens": (9, (8, _ROOM)),
+          "tokenizer.ggml.scores": (9, (6, [float(-n) for n in range(len(_ROOM))])),
+          "tokenizer.ggml.token_type": (9, (5, [3] * len(_ROOM)))}, model="llama")  # fmt: skip
 gguf_case("gguf_bos_is_a_template", {"tokenizer.ggml.tokens": (9, (8, ["<unk>", "$A:9 x", *_TOKENS[2:]]))},
           "bos token '$A:9 x' cannot be put in front", model="llama")  # fmt: skip
 

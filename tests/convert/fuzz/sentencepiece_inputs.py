@@ -55,7 +55,7 @@ def _edited(draw: st.DrawFn) -> bytes:
             case 4:
                 pieces.add(piece=draw(st.sampled_from(_PIECES)), score=-1e4, type=draw(st.integers(1, 6)))
             case 5:
-                del pieces[draw(st.integers(1, len(pieces) - 1)) :]
+                del pieces[draw(st.integers(1, len(pieces))) :]
     if draw(st.integers(0, 2)) == 0:
         spec = draw(st.sampled_from(sorted(_FIELDS)))
         name = draw(st.sampled_from(sorted(_FIELDS[spec])))
